@@ -1,0 +1,1 @@
+"""The server: rounds, the door, the fold, the store."""

@@ -1,0 +1,124 @@
+"""The aggregator's settings. The docstrings are the documentation of the keys (``federation.config``)."""
+
+from typing import Annotated
+
+from msgspec import Meta, Struct
+
+from federation.wire.messages import MAX_CHUNK_BYTES, Count, Name, NonNegative, Positive, TrainSpec
+
+SECRETS = {"FEDGE_BROKER_PASSWORD": "broker.password"}
+"""Environment variables that hold secrets, and the keys that they set."""
+
+Share = Annotated[float, Meta(ge=0, le=1)]
+
+
+class Table(Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
+    """Base of all tables."""
+
+
+class TaskConfig(Table, frozen=True):
+    """What is learned.
+
+    Attributes:
+        model: "cnn", a torchvision classification model such as "mobilenet_v3_small", or "package.module:factory".
+        data: What the agents hold, to derive labels and image size from: "mnist", "cifar10", "digits", or a data set at hand such as "imagefolder:PATH". Empty: derived from holdout.
+        holdout: Data set on which each round's model is evaluated here, e.g. "mnist:PATH". Empty: no evaluation.
+        labels: Class names, when they cannot be derived from data.
+        channels: 1 for grey, 3 for colour; 0 derives it from data.
+        height: Image height that the model sees, pixels; 0 derives it from data.
+        width: Image width that the model sees, pixels; 0 derives it from data.
+    """
+
+    model: str = "cnn"
+    data: str = ""
+    holdout: str = ""
+    labels: tuple[str, ...] = ()
+    channels: Annotated[int, Meta(ge=0, le=64)] = 0
+    height: Annotated[int, Meta(ge=0, le=4096)] = 0
+    width: Annotated[int, Meta(ge=0, le=4096)] = 0
+
+
+class RoundsConfig(Table, frozen=True):
+    """When a round opens, who takes part, and when it closes.
+
+    Attributes:
+        count: Rounds in this run; it may be raised later and the run goes on.
+        min_agents: Agents that must be online before a round opens, and the least that a round is closed with.
+        cohort_size: Agents wanted per round; 0 takes all that are online.
+        over_selection: Extra agents to invite, as a share of cohort_size: the round closes when cohort_size have delivered.
+        quorum: Share of the wanted agents that must have delivered for the round to close at its deadline.
+        deadline_s: Seconds after which a round closes with a quorum, or is extended for lack of it.
+        gather_s: Seconds to wait for more agents once min_agents are online.
+        grace_s: Seconds that an agent may be offline in a round before nobody waits for it.
+        max_samples: An update that claims more samples than this is refused: its weight would drown the others.
+        max_update_norm: An update whose L2 norm is above this is refused; 0 accepts any finite norm.
+        server_learning_rate: Step along the mean update; 1 is plain FedAvg.
+        target_accuracy: Stop when the hold-out accuracy reaches this share; 0 never.
+        patience: Stop after this many rounds without a better hold-out accuracy; 0 never.
+    """
+
+    count: Annotated[int, Meta(ge=1, le=1_000_000)] = 10
+    min_agents: Annotated[int, Meta(ge=1, le=4096)] = 2
+    cohort_size: Annotated[int, Meta(ge=0, le=4096)] = 0
+    over_selection: Annotated[float, Meta(ge=0, le=4)] = 0.0
+    quorum: Share = 0.5
+    deadline_s: Positive = 600.0
+    gather_s: NonNegative = 3.0
+    grace_s: NonNegative = 20.0
+    max_samples: Annotated[int, Meta(ge=1, le=2**40)] = 10_000_000
+    max_update_norm: NonNegative = 0.0
+    server_learning_rate: Positive = 1.0
+    target_accuracy: Share = 0.0
+    patience: Count = 0
+
+
+class BrokerConfig(Table, frozen=True):
+    """The MQTT broker.
+
+    Attributes:
+        url: "embedded" runs the bundled nats-server; otherwise "mqtt://HOST:1883" or "mqtts://HOST:8883".
+        listen: Address and port on which the embedded broker listens; "0.0.0.0:1883" for a fleet.
+        advertise: URL that enrolled devices use to reach the broker, e.g. "mqtt://192.168.1.10:1883". Empty: derived from url or listen.
+        tls_cert: PEM certificate chain with which the embedded broker serves TLS.
+        tls_key: PEM private key for tls_cert.
+        ca_file: PEM certificates to trust; also written into device bundles.
+        client_cert: PEM client certificate for an external broker that asks for one.
+        client_key: PEM private key for client_cert.
+        username: Account of the aggregator on an external broker; empty uses the enrolled account.
+        password: Its password; set FEDGE_BROKER_PASSWORD instead of writing it here.
+        chunk_bytes: Largest payload of one MQTT message; lowered to what the broker takes.
+        connect_timeout_s: Seconds after which `serve` gives up when the broker cannot be reached at start.
+    """
+
+    url: str = "embedded"
+    listen: str = "127.0.0.1:1883"
+    advertise: str = ""
+    tls_cert: str = ""
+    tls_key: str = ""
+    ca_file: str = ""
+    client_cert: str = ""
+    client_key: str = ""
+    username: str = ""
+    password: str = ""
+    chunk_bytes: Annotated[int, Meta(ge=1024, le=MAX_CHUNK_BYTES)] = 96 * 1024
+    connect_timeout_s: Positive = 30.0
+
+
+class AggregatorConfig(Table, frozen=True):
+    """The aggregator.
+
+    Attributes:
+        federation: Name of the federation: a-z, 0-9, _ and -.
+        state_dir: Folder of everything that must survive: keys, rounds, checkpoints, the embedded broker's store.
+        encoding: Of the updates on the wire: "float32", "float16" or "int8".
+        keep_checkpoints: Newest checkpoints to keep; 0 keeps all.
+    """
+
+    federation: Name = "fleet"
+    state_dir: str = "fedge-state"
+    encoding: str = "float32"
+    keep_checkpoints: Count = 20
+    task: TaskConfig = TaskConfig()
+    train: TrainSpec = TrainSpec()
+    rounds: RoundsConfig = RoundsConfig()
+    broker: BrokerConfig = BrokerConfig()

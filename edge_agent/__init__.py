@@ -1,0 +1,1 @@
+"""The agent on a device: it trains, uploads, and runs the model."""

@@ -1,0 +1,1 @@
+"""Run a model on the device with onnxruntime and numpy. Importing torch here is a defect."""

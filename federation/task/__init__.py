@@ -1,0 +1,1 @@
+"""What is learned: models, data, evaluation. torch is imported inside functions, never at module top."""

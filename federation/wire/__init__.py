@@ -1,0 +1,1 @@
+"""Bytes on MQTT. Imports neither torch nor any other package of fedge."""

@@ -1,0 +1,348 @@
+"""Every struct that crosses the wire. Bounded, tagged, unknown fields forbidden.
+
+Control messages are msgpack; what a person may want to watch with ``mosquitto_sub`` (the states) is JSON.
+Every decode of foreign bytes goes through :func:`decode_msgpack` or :func:`decode_json`, which raise
+:class:`~federation.errors.PeerError` and nothing else.
+"""
+
+from typing import Annotated, Literal, TypeVar
+
+import msgspec
+from msgspec import Meta, Struct
+
+from federation.errors import PeerError, Rejection
+
+MAX_CHUNKS = 4096
+"""Chunks in one object. At the default 96 KiB that is 384 MiB; larger models need a larger ``chunk_bytes``."""
+
+CHUNK_DIGEST_BYTES = 16
+"""A chunk is identified by the first 16 bytes of its SHA-256: second preimages cost 2^128."""
+
+MAX_CHUNK_BYTES = 16 * 1024 * 1024
+MAX_COHORT = 4096
+MAX_CREDIT = 64
+
+Name = Annotated[str, Meta(pattern=r"^[a-z0-9][a-z0-9_-]{0,62}\Z")]
+"""A federation or an agent: it becomes an MQTT topic level, a broker user name and a file name."""
+
+Sha256 = Annotated[str, Meta(pattern=r"^[0-9a-f]{64}\Z")]
+RunId = Annotated[str, Meta(pattern=r"^[0-9a-f]{16}\Z")]
+SessionId = Annotated[str, Meta(pattern=r"^[0-9a-f]{16}\Z")]
+RoundNumber = Annotated[int, Meta(ge=1, le=1_000_000)]
+Text = Annotated[str, Meta(max_length=1000)]
+Finite = Annotated[float, Meta(ge=-1e300, le=1e300)]
+Positive = Annotated[float, Meta(gt=0, le=1e12)]
+NonNegative = Annotated[float, Meta(ge=0, le=1e12)]
+Count = Annotated[int, Meta(ge=0, le=2**40)]
+
+
+class Wire(Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
+    """Base of all wire structs."""
+
+
+class ObjectRef(Wire, frozen=True):
+    """A content-addressed object and the chunks that it is cut into.
+
+    Attributes:
+        sha256: Hex SHA-256 of the whole object.
+        length: Bytes of the whole object.
+        chunk_bytes: Bytes of every chunk but the last.
+        digests: The first 16 bytes of each chunk's SHA-256, concatenated in order.
+    """
+
+    sha256: Sha256
+    length: Annotated[int, Meta(ge=1, le=MAX_CHUNKS * MAX_CHUNK_BYTES)]
+    chunk_bytes: Annotated[int, Meta(ge=64, le=MAX_CHUNK_BYTES)]
+    digests: Annotated[bytes, Meta(min_length=CHUNK_DIGEST_BYTES, max_length=MAX_CHUNKS * CHUNK_DIGEST_BYTES)]
+
+    def __post_init__(self) -> None:
+        if len(self.digests) != self.chunks * CHUNK_DIGEST_BYTES:
+            raise ValueError(
+                f"{len(self.digests)} bytes of digests for {self.chunks} chunks of {CHUNK_DIGEST_BYTES} bytes each"
+            )
+
+    @property
+    def chunks(self) -> int:
+        """Number of chunks: ceil(length / chunk_bytes)."""
+        return -(-self.length // self.chunk_bytes)
+
+
+class TaskSpec(Wire, frozen=True):
+    """What is learned: enough for an agent to build the model and to bring its images into shape.
+
+    Attributes:
+        model: ``cnn``, a torchvision classification model's name, or ``package.module:factory``.
+        labels: Class names; the index in this tuple is the class.
+        channels: 1 (grey) or 3 (RGB); a plug-in data set may use others.
+        height: Pixels.
+        width: Pixels.
+        mean: Per channel, subtracted from pixels scaled to [0, 1].
+        std: Per channel, divided by after the mean is subtracted.
+    """
+
+    model: Annotated[str, Meta(min_length=1, max_length=200)]
+    labels: Annotated[
+        tuple[Annotated[str, Meta(min_length=1, max_length=200)], ...], Meta(min_length=2, max_length=4096)
+    ]
+    channels: Annotated[int, Meta(ge=1, le=64)]
+    height: Annotated[int, Meta(ge=4, le=4096)]
+    width: Annotated[int, Meta(ge=4, le=4096)]
+    mean: Annotated[tuple[Finite, ...], Meta(min_length=1, max_length=64)]
+    std: Annotated[tuple[Positive, ...], Meta(min_length=1, max_length=64)]
+
+    def __post_init__(self) -> None:
+        if not len(self.mean) == len(self.std) == self.channels:
+            raise ValueError(f"{len(self.mean)} means and {len(self.std)} stds for {self.channels} channels")
+        if len(set(self.labels)) != len(self.labels):
+            raise ValueError("two labels have the same name")
+
+
+class TrainSpec(Wire, frozen=True):
+    """How an agent trains in one round.
+
+    Attributes:
+        epochs: Passes over the local data.
+        batch_size: Samples per step.
+        learning_rate: Of the local optimizer.
+        momentum: SGD only.
+        weight_decay: L2 penalty.
+        optimizer: ``sgd`` or ``adam``.
+        max_steps: Steps after which local training stops early; 0 means no limit.
+        seed: From which each agent derives its own, together with the round and its name.
+    """
+
+    epochs: Annotated[int, Meta(ge=1, le=1000)] = 1
+    batch_size: Annotated[int, Meta(ge=1, le=65536)] = 32
+    learning_rate: Positive = 0.01
+    momentum: Annotated[float, Meta(ge=0, lt=1)] = 0.9
+    weight_decay: NonNegative = 0.0
+    optimizer: Literal["sgd", "adam"] = "sgd"
+    max_steps: Count = 0
+    seed: Count = 0
+
+
+class RoundPlan(Wire, frozen=True, tag="round"):
+    """The open round. Signed by the aggregator, retained.
+
+    Attributes:
+        run: The run that this round belongs to; a new state folder is a new run.
+        round: Counted from 1.
+        attempt: Raised when a round is extended for lack of a quorum; updates of earlier attempts stay valid.
+        task: What is learned.
+        train: How.
+        base: The global model, a safetensors file.
+        encoding: Name of the update's encoding (``federation.wire.codec``).
+        cohort: The agents that take part, sorted.
+        deadline_s: Seconds after ``issued_at`` at which the round closes.
+        issued_at: Unix seconds by the aggregator's clock; informative, agents do not act on it.
+        upload_chunk_bytes: The largest chunk that the aggregator's link takes.
+    """
+
+    run: RunId
+    round: RoundNumber
+    attempt: Annotated[int, Meta(ge=1, le=1_000_000)]
+    task: TaskSpec
+    train: TrainSpec
+    base: ObjectRef
+    encoding: Annotated[str, Meta(min_length=1, max_length=64)]
+    cohort: Annotated[tuple[Name, ...], Meta(min_length=1, max_length=MAX_COHORT)]
+    deadline_s: Positive
+    issued_at: NonNegative
+    upload_chunk_bytes: Annotated[int, Meta(ge=64, le=MAX_CHUNK_BYTES)]
+
+
+class IdlePlan(Wire, frozen=True, tag="idle"):
+    """No round is open. Signed by the aggregator, retained.
+
+    Attributes:
+        run: As in :class:`RoundPlan`.
+        round: The last closed round; 0 before the first.
+        finished: True when no further round will come in this run.
+        reason: For people.
+        issued_at: Unix seconds by the aggregator's clock.
+    """
+
+    run: RunId
+    round: Annotated[int, Meta(ge=0, le=1_000_000)]
+    finished: bool
+    reason: Text
+    issued_at: NonNegative
+
+
+Plan = RoundPlan | IdlePlan
+
+
+class TrainMetrics(Wire, frozen=True):
+    """What an agent tells about its local training. Not private: issue it only where the terms allow.
+
+    Attributes:
+        loss: Mean training loss over the last epoch, nats.
+        accuracy: Mean training top-1 over the last epoch, in [0, 1].
+        steps: Optimizer steps taken.
+        train_s: Wall seconds spent in training.
+    """
+
+    loss: Finite
+    accuracy: Annotated[float, Meta(ge=0, le=1)]
+    steps: Count
+    train_s: NonNegative
+
+
+class UpdateOffer(Wire, frozen=True, tag="offer"):
+    """An agent's signed statement of its update. The chunks that follow are bound to it by ``object``.
+
+    Attributes:
+        run: As in the plan.
+        round: As in the plan.
+        base: SHA-256 of the model that the delta is against.
+        object: The encoded delta (``federation.wire.codec``).
+        encoding: As in the plan.
+        samples: Local training samples: the weight of the update.
+        metrics: Of the local training.
+    """
+
+    run: RunId
+    round: RoundNumber
+    base: Sha256
+    object: ObjectRef
+    encoding: Annotated[str, Meta(min_length=1, max_length=64)]
+    samples: Annotated[int, Meta(ge=1, le=2**40)]
+    metrics: TrainMetrics
+
+
+class Decline(Wire, frozen=True, tag="decline"):
+    """An agent's signed refusal to take part in a round, so that nobody waits for it.
+
+    Attributes:
+        run: As in the plan.
+        round: As in the plan.
+        reason: For people: what is wrong on the device.
+    """
+
+    run: RunId
+    round: RoundNumber
+    reason: Text
+
+
+AgentMessage = UpdateOffer | Decline
+
+
+class Credit(Wire, frozen=True, tag="credit"):
+    """The aggregator asks an agent for chunks of an object that the agent has offered.
+
+    Attributes:
+        sha256: The object.
+        chunks: Indices wanted now; sending any other chunk is an error.
+    """
+
+    sha256: Sha256
+    chunks: Annotated[tuple[Annotated[int, Meta(ge=0, lt=MAX_CHUNKS)], ...], Meta(min_length=1, max_length=MAX_CREDIT)]
+
+
+class Receipt(Wire, frozen=True, tag="receipt"):
+    """The aggregator's signed answer to an offer: the update is on its disk, or it is refused.
+
+    Attributes:
+        run: As in the offer.
+        round: As in the offer.
+        sha256: The object that was offered.
+        accepted: True when the update is stored and will be counted once.
+        code: Why it was refused; None when accepted.
+        detail: For people.
+    """
+
+    run: RunId
+    round: RoundNumber
+    sha256: Sha256
+    accepted: bool
+    code: Rejection | None = None
+    detail: Text = ""
+
+
+class Capabilities(Wire, frozen=True):
+    """What a device can do, told in its birth.
+
+    Attributes:
+        version: Of fedge.
+        device: ``cpu``, ``cuda`` or ``mps``; ``none`` when the agent cannot train.
+        threads: CPU threads that training may use.
+        memory_mb: Main memory, MiB.
+        samples: Local training samples.
+        encodings: Names of the update encodings that it can write.
+        platform: For people, e.g. ``Linux-6.6-aarch64``.
+    """
+
+    version: Annotated[str, Meta(max_length=64)]
+    device: Annotated[str, Meta(max_length=32)]
+    threads: Annotated[int, Meta(ge=1, le=4096)]
+    memory_mb: Count
+    samples: Count
+    encodings: Annotated[tuple[Annotated[str, Meta(max_length=64)], ...], Meta(max_length=64)]
+    platform: Annotated[str, Meta(max_length=200)]
+
+
+class AgentState(Wire, frozen=True):
+    """An agent's birth or death (JSON, retained; the death is its last will).
+
+    Attributes:
+        state: ``online`` or ``offline``.
+        session: One process life; a death with another session id than the last birth's is ignored.
+        capabilities: In a birth only.
+    """
+
+    state: Literal["online", "offline"]
+    session: SessionId
+    capabilities: Capabilities | None = None
+
+
+class AggregatorState(Wire, frozen=True):
+    """The aggregator's birth or death (JSON, retained; the death is its last will).
+
+    Attributes:
+        state: ``online`` or ``offline``.
+        session: One process life.
+        run: The run that it serves; empty in a death.
+        time: Unix seconds by its clock at the birth, so that a device can tell that its own clock is wrong.
+    """
+
+    state: Literal["online", "offline"]
+    session: SessionId
+    run: str = ""
+    time: NonNegative = 0.0
+
+
+T = TypeVar("T")
+
+
+def encode_msgpack(message: Wire) -> bytes:
+    """Serialise a control message."""
+    return msgspec.msgpack.encode(message)
+
+
+def encode_json(message: Wire) -> bytes:
+    """Serialise a message that people may read."""
+    return msgspec.json.encode(message)
+
+
+def decode_msgpack(data: bytes, kind: type[T]) -> T:
+    """Parse foreign msgpack bytes into ``kind`` (a struct or a union of tagged structs).
+
+    Raises:
+        PeerError: ``malformed``, whatever is wrong with the bytes.
+    """
+    try:
+        return msgspec.msgpack.decode(data, type=kind)
+    except (msgspec.DecodeError, ValueError, RecursionError) as error:
+        raise PeerError(Rejection.MALFORMED, str(error)[:300]) from error
+
+
+def decode_json(data: bytes, kind: type[T]) -> T:
+    """Parse foreign JSON bytes into ``kind``.
+
+    Raises:
+        PeerError: ``malformed``, whatever is wrong with the bytes.
+    """
+    try:
+        return msgspec.json.decode(data, type=kind)
+    except (msgspec.DecodeError, ValueError, RecursionError) as error:
+        raise PeerError(Rejection.MALFORMED, str(error)[:300]) from error

@@ -1,0 +1,1 @@
+"""Differential privacy and secure aggregation. Imports none of the other packages."""
