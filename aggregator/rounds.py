@@ -1,0 +1,354 @@
+"""The life of a run as a state table: events and a clock in, commands out, no I/O.
+
+::
+
+    WAITING --enough agents--> OPEN --delivered, or deadline with a quorum--> FOLDING --folded--> EVALUATING
+       ^                        | ^                                                                  |
+       |                        +-+ deadline without a quorum: extended, nobody's work is lost       |
+       +---------------------------------- more rounds to go ----------------------------------------+--> FINISHED
+
+Time is monotonic seconds. Everything that must survive a restart is in :class:`RoundRecord`, which the store keeps;
+:meth:`Rounds.resume` starts from one.
+"""
+
+from collections.abc import Collection, Iterable
+from dataclasses import dataclass, field
+from enum import StrEnum
+
+from aggregator.cohort import invitations, quorum_of, sample_cohort
+from aggregator.config import RoundsConfig
+
+
+class Phase(StrEnum):
+    """Where a run stands."""
+
+    WAITING = "waiting"
+    OPEN = "open"
+    FOLDING = "folding"
+    EVALUATING = "evaluating"
+    FINISHED = "finished"
+
+
+# --- events ---------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class AgentOnline:
+    """An eligible agent announced itself."""
+
+    agent: str
+
+
+@dataclass(frozen=True, slots=True)
+class AgentOffline:
+    """An agent's last will fired, or it said goodbye."""
+
+    agent: str
+
+
+@dataclass(frozen=True, slots=True)
+class UpdateStored:
+    """An agent's update passed the door and is on disk."""
+
+    agent: str
+
+
+@dataclass(frozen=True, slots=True)
+class AgentOut:
+    """An agent declined this round, or its update was refused for good: nobody waits for it."""
+
+    agent: str
+
+
+@dataclass(frozen=True, slots=True)
+class Folded:
+    """The new global model is on disk."""
+
+
+@dataclass(frozen=True, slots=True)
+class Evaluated:
+    """The hold-out evaluation of the round is done.
+
+    Attributes:
+        accuracy: Top-1 in [0, 1]; None when there is no hold-out set.
+    """
+
+    accuracy: float | None
+
+
+@dataclass(frozen=True, slots=True)
+class Tick:
+    """Time has passed."""
+
+
+Event = AgentOnline | AgentOffline | UpdateStored | AgentOut | Folded | Evaluated | Tick
+
+# --- commands -------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class OpenRound:
+    """Record and announce a round, or its next attempt.
+
+    Attributes:
+        round: Number.
+        attempt: 1, or higher when the round was extended.
+        cohort: Sorted names; a later attempt only adds to it.
+        deadline_s: Seconds from now.
+    """
+
+    round: int
+    attempt: int
+    cohort: tuple[str, ...]
+    deadline_s: float
+
+
+@dataclass(frozen=True, slots=True)
+class Fold:
+    """Average these agents' updates, in this order, into the next global model."""
+
+    round: int
+    agents: tuple[str, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Evaluate:
+    """Evaluate the round's model on the hold-out set."""
+
+    round: int
+
+
+@dataclass(frozen=True, slots=True)
+class Wait:
+    """Tell the federation that no round is open.
+
+    Attributes:
+        round: The last closed one.
+        missing: Agents that are still missing.
+    """
+
+    round: int
+    missing: int
+
+
+@dataclass(frozen=True, slots=True)
+class Finish:
+    """The run is over.
+
+    Attributes:
+        round: The last closed one.
+        reason: For people.
+    """
+
+    round: int
+    reason: str
+
+
+Command = OpenRound | Fold | Evaluate | Wait | Finish
+
+# --- the machine ----------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class RoundRecord:
+    """What the store knows of a round that was in progress when the aggregator stopped.
+
+    Attributes:
+        round: Number.
+        attempt: The last announced.
+        cohort: Invited agents.
+        delivered: Agents whose update is on disk.
+        folding: True when the round had already been closed to further updates.
+        remaining_s: Seconds to its deadline.
+    """
+
+    round: int
+    attempt: int
+    cohort: tuple[str, ...]
+    delivered: tuple[str, ...]
+    folding: bool
+    remaining_s: float
+
+
+@dataclass(slots=True)
+class Rounds:
+    """The run. Feed it with :meth:`handle`; carry out what it returns, in order.
+
+    Args:
+        config: Round settings.
+        seed: Of the cohort draws.
+        round: The last closed round; 0 for a new run.
+        accuracies: Hold-out accuracies of the closed rounds so far, for the stopping rules.
+    """
+
+    config: RoundsConfig
+    seed: int = 0
+    round: int = 0
+    accuracies: list[float] = field(default_factory=list)
+    phase: Phase = Phase.WAITING
+    attempt: int = 0
+    cohort: tuple[str, ...] = ()
+    delivered: set[str] = field(default_factory=set)
+    out: set[str] = field(default_factory=set)
+    online: set[str] = field(default_factory=set)
+    _offline_since: dict[str, float] = field(default_factory=dict)
+    _deadline: float = 0.0
+    _enough_since: float | None = None
+
+    def start(self, now: float, record: RoundRecord | None = None) -> list[Command]:
+        """Begin, or go on with the round that was in progress.
+
+        Args:
+            now: Monotonic seconds.
+            record: The interrupted round, if any.
+
+        Returns:
+            The first commands.
+        """
+        if record is None:
+            return self._next(now)
+        self.round, self.attempt, self.cohort = record.round, record.attempt, record.cohort
+        self.delivered = set(record.delivered)
+        self._deadline = now + max(0.0, record.remaining_s)
+        # Nobody has announced itself to this process yet: each member gets its grace from now.
+        self._offline_since = dict.fromkeys(record.cohort, now)
+        if record.folding:
+            return self._fold()
+        self.phase = Phase.OPEN
+        reopened = OpenRound(self.round, self.attempt, self.cohort, max(0.0, record.remaining_s))
+        return [reopened, *self._settle(now)]
+
+    def handle(self, event: Event, now: float) -> list[Command]:
+        """Take one event.
+
+        Args:
+            event: What happened.
+            now: Monotonic seconds.
+
+        Returns:
+            What to do, in order. Events that mean nothing in the present phase return nothing.
+        """
+        match event:
+            case AgentOnline(agent):
+                self.online.add(agent)
+                self._offline_since.pop(agent, None)
+            case AgentOffline(agent):
+                if agent in self.online or agent not in self._offline_since:
+                    self._offline_since[agent] = now
+                self.online.discard(agent)
+            case UpdateStored(agent) if self.phase is Phase.OPEN and agent in self.cohort:
+                self.delivered.add(agent)
+            case AgentOut(agent) if self.phase is Phase.OPEN and agent in self.cohort:
+                self.out.add(agent)
+            case Folded() if self.phase is Phase.FOLDING:
+                self.phase = Phase.EVALUATING
+                return [Evaluate(self.round)]
+            case Evaluated(accuracy) if self.phase is Phase.EVALUATING:
+                if accuracy is not None:
+                    self.accuracies.append(accuracy)
+                return self._next(now)
+            case _:
+                pass
+        match self.phase:
+            case Phase.WAITING:
+                return self._gather(now)
+            case Phase.OPEN:
+                return self._settle(now)
+            case _:
+                return []
+
+    def next_wakeup(self) -> float | None:
+        """When :class:`Tick` can next matter, monotonic seconds; None when only an event can."""
+        if self.phase is Phase.WAITING:
+            return None if self._enough_since is None else self._enough_since + self.config.gather_s
+        if self.phase is Phase.OPEN:
+            graces = (
+                self._offline_since[agent] + self.config.grace_s for agent in self._pending() if agent in self._offline_since
+            )
+            return min([self._deadline, *(grace for grace in graces)])
+        return None
+
+    @property
+    def wanted(self) -> int:
+        """Updates with which the open round is complete."""
+        return min(self.config.cohort_size or len(self.cohort), len(self.cohort))
+
+    @property
+    def quorum(self) -> int:
+        """Updates without which the open round is not closed."""
+        return quorum_of(self.wanted, self.config.quorum, self.config.min_agents)
+
+    def _pending(self) -> Iterable[str]:
+        return (agent for agent in self.cohort if agent not in self.delivered and agent not in self.out)
+
+    def _gone(self, agent: str, now: float) -> bool:
+        since = self._offline_since.get(agent)
+        return since is not None and now >= since + self.config.grace_s
+
+    def _gather(self, now: float) -> list[Command]:
+        if len(self.online) < self.config.min_agents:
+            self._enough_since = None
+            return []
+        if self._enough_since is None:
+            self._enough_since = now
+        full = invitations(self.config.cohort_size, self.config.over_selection)
+        if now < self._enough_since + self.config.gather_s and not (full and len(self.online) >= full):
+            return []
+        return self._open(now)
+
+    def _open(self, now: float) -> list[Command]:
+        self.round += 1
+        self.attempt = 1
+        self.delivered, self.out = set(), set()
+        size = invitations(self.config.cohort_size, self.config.over_selection) or len(self.online)
+        self.cohort = sample_cohort(self.online, size, seed=self.seed, round_number=self.round)
+        self.phase = Phase.OPEN
+        self._deadline = now + self.config.deadline_s
+        return [OpenRound(self.round, self.attempt, self.cohort, self.config.deadline_s)]
+
+    def _settle(self, now: float) -> list[Command]:
+        """Decide whether the open round is complete, over, or to be extended."""
+        if len(self.delivered) >= self.wanted:
+            return self._fold()
+        waiting = any(not self._gone(agent, now) for agent in self._pending())
+        if waiting and now < self._deadline:
+            return []
+        if len(self.delivered) >= self.quorum:
+            return self._fold()
+        if now < self._deadline and not self._replacements():
+            return []
+        return self._extend(now)
+
+    def _replacements(self) -> Collection[str]:
+        return self.online - set(self.cohort)
+
+    def _extend(self, now: float) -> list[Command]:
+        """Give the round another deadline, invite whoever else is online, and give those who were out a new chance."""
+        self.attempt += 1
+        self.cohort = tuple(sorted({*self.cohort, *self._replacements()}))
+        self.out = set()
+        self._deadline = now + self.config.deadline_s
+        return [OpenRound(self.round, self.attempt, self.cohort, self.config.deadline_s)]
+
+    def _fold(self) -> list[Command]:
+        self.phase = Phase.FOLDING
+        return [Fold(self.round, tuple(sorted(self.delivered)))]
+
+    def _next(self, now: float) -> list[Command]:
+        reason = self._finished()
+        if reason:
+            self.phase = Phase.FINISHED
+            return [Finish(self.round, reason)]
+        self.phase = Phase.WAITING
+        return self._gather(now) or [Wait(self.round, max(0, self.config.min_agents - len(self.online)))]
+
+    def _finished(self) -> str:
+        best = max(self.accuracies, default=0.0)
+        target, patience = self.config.target_accuracy, self.config.patience
+        if target and best >= target:
+            return f"reached the target accuracy: {best:.2%} of {target:.2%}"
+        if patience and len(self.accuracies) - 1 - self.accuracies.index(best) >= patience if self.accuracies else False:
+            return f"no better accuracy than {best:.2%} in {patience} rounds"
+        if self.round >= self.config.count:
+            return f"all {self.config.count} rounds done"
+        return ""

@@ -1,0 +1,413 @@
+"""What the aggregator must not forget: SQLite (WAL) for facts, files for weights.
+
+::
+
+    STATE/lock                     held by the one process that serves this state
+    STATE/store.sqlite             run, rounds, updates, agents, refusals
+    STATE/checkpoints/round-000003.safetensors, .json (hold-out metrics)
+    STATE/updates/000004/pi1       updates of the open round, until its checkpoint is durable
+    STATE/incoming/pi1-<sha256>    uploads in progress
+
+A fact is committed before anybody is told of it. Weights are written whole, then named in the database, so a crash
+between the two leaves a file that nobody names, never a name without its file.
+"""
+
+import fcntl
+import os
+import secrets
+import shutil
+import sqlite3
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Self
+
+import msgspec
+
+from federation.errors import ConfigError, Rejection
+from federation.files import disk_error, sync_folder, write_whole
+from federation.wire.messages import AgentState, Capabilities, TrainMetrics, UpdateOffer
+
+SCHEMA_VERSION = 1
+
+_SCHEMA = """
+CREATE TABLE IF NOT EXISTS meta (key TEXT PRIMARY KEY, value TEXT NOT NULL) STRICT;
+CREATE TABLE IF NOT EXISTS rounds (
+    round INTEGER PRIMARY KEY, attempt INTEGER NOT NULL, phase TEXT NOT NULL, cohort TEXT NOT NULL, base TEXT NOT NULL,
+    opened_at REAL NOT NULL, deadline_at REAL NOT NULL, closed_at REAL, fold_s REAL,
+    loss REAL, accuracy REAL, evaluate_s REAL
+) STRICT;
+CREATE TABLE IF NOT EXISTS updates (
+    round INTEGER NOT NULL, agent TEXT NOT NULL, sha256 TEXT NOT NULL, bytes INTEGER NOT NULL, samples INTEGER NOT NULL,
+    metrics TEXT NOT NULL, stored_at REAL NOT NULL, PRIMARY KEY (round, agent)
+) STRICT;
+CREATE TABLE IF NOT EXISTS agents (
+    agent TEXT PRIMARY KEY, online INTEGER NOT NULL, session TEXT NOT NULL, capabilities TEXT NOT NULL, changed_at REAL NOT NULL
+) STRICT;
+CREATE TABLE IF NOT EXISTS refusals (
+    id INTEGER PRIMARY KEY, round INTEGER NOT NULL, agent TEXT NOT NULL, code TEXT NOT NULL, detail TEXT NOT NULL, at REAL NOT NULL
+) STRICT;
+CREATE INDEX IF NOT EXISTS refusals_by_code ON refusals (code);
+"""
+
+REFUSALS_KEPT = 10_000
+"""Rows of the refusal log; older ones go, so that a hostile device cannot fill the disk."""
+
+
+@dataclass(frozen=True, slots=True)
+class StoredUpdate:
+    """An accepted update.
+
+    Attributes:
+        agent: Who sent it.
+        sha256: Of its bytes.
+        bytes: Its length.
+        samples: Its weight.
+        metrics: Of the local training.
+        path: Its file; gone once the round's checkpoint is durable.
+    """
+
+    agent: str
+    sha256: str
+    bytes: int
+    samples: int
+    metrics: TrainMetrics
+    path: Path
+
+
+@dataclass(frozen=True, slots=True)
+class StoredRound:
+    """A round as the store knows it.
+
+    Attributes:
+        round: Number.
+        attempt: Last announced.
+        phase: ``open``, ``folding`` or ``closed``.
+        cohort: Invited agents.
+        base: SHA-256 of the model that it started from.
+        opened_at: Unix seconds.
+        deadline_at: Unix seconds.
+        closed_at: Unix seconds; None while it is not closed.
+        fold_s: Seconds that averaging took.
+        loss: Hold-out loss, nats.
+        accuracy: Hold-out top-1, in [0, 1].
+        evaluate_s: Seconds that the evaluation took.
+    """
+
+    round: int
+    attempt: int
+    phase: str
+    cohort: tuple[str, ...]
+    base: str
+    opened_at: float
+    deadline_at: float
+    closed_at: float | None
+    fold_s: float | None
+    loss: float | None
+    accuracy: float | None
+    evaluate_s: float | None
+
+
+@dataclass(frozen=True, slots=True)
+class StoredAgent:
+    """An agent as it last announced itself.
+
+    Attributes:
+        agent: Name.
+        online: Whether its last word was a birth.
+        session: Of that birth or death.
+        capabilities: From the last birth; None before the first.
+        changed_at: Unix seconds of the last change.
+    """
+
+    agent: str
+    online: bool
+    session: str
+    capabilities: Capabilities | None
+    changed_at: float
+
+
+class Store:
+    """The state folder of one federation's aggregator.
+
+    Args:
+        folder: ``STATE``; created when ``create`` is set.
+        federation: Must match what the folder was made for.
+        create: Whether a missing folder may be created.
+
+    Raises:
+        ConfigError: If the folder belongs to another federation or a newer fedge, is missing, or cannot be written.
+    """
+
+    def __init__(self, folder: Path, federation: str | None = None, *, create: bool = False) -> None:
+        self.folder = folder
+        database = folder / "store.sqlite"
+        if not create and not database.exists():
+            raise ConfigError(f"{folder} is not the state folder of an aggregator: there is no {database.name} in it")
+        try:
+            for name in ("checkpoints", "updates", "incoming"):
+                (folder / name).mkdir(parents=True, exist_ok=True)
+            self._db = sqlite3.connect(database, isolation_level=None, timeout=30.0, check_same_thread=False)
+            # FULL: a commit is on the disk when it returns, since receipts promise it.
+            self._db.executescript("PRAGMA journal_mode = WAL; PRAGMA synchronous = FULL;" + _SCHEMA)
+        except OSError as error:
+            raise disk_error(error, folder) from error
+        except sqlite3.Error as error:
+            raise ConfigError(f"cannot open {database}: {error}") from error
+        self._lock_file: int | None = None
+        self._check_meta(federation)
+
+    def _check_meta(self, federation: str | None) -> None:
+        with self._transaction() as db:
+            meta = dict(db.execute("SELECT key, value FROM meta"))
+            if not meta and federation is not None:
+                meta = {
+                    "schema": str(SCHEMA_VERSION),
+                    "federation": federation,
+                    "run": secrets.token_hex(8),
+                    "created_at": str(time.time()),
+                }
+                db.executemany("INSERT INTO meta VALUES (?, ?)", meta.items())
+        if int(meta.get("schema", SCHEMA_VERSION)) > SCHEMA_VERSION:
+            raise ConfigError(
+                f"{self.folder} was written by a newer fedge (format {meta['schema']}, this one reads up to {SCHEMA_VERSION}): "
+                "upgrade fedge"
+            )
+        if federation is not None and meta["federation"] != federation:
+            raise ConfigError(
+                f"{self.folder} holds the federation {meta['federation']!r}, not {federation!r}: "
+                "choose another state_dir, or set federation to match"
+            )
+        self.federation = meta.get("federation", "")
+        self.run = meta.get("run", "")
+
+    def lock(self) -> None:
+        """Become the one process that serves this folder.
+
+        Raises:
+            ConfigError: If another process does.
+        """
+        handle = os.open(self.folder / "lock", os.O_RDWR | os.O_CREAT, 0o600)
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            os.close(handle)
+            raise ConfigError(f"another aggregator is serving {self.folder}; stop it first, or use another state_dir") from None
+        self._lock_file = handle
+
+    def close(self) -> None:
+        """Release the database and the lock."""
+        self._db.close()
+        if self._lock_file is not None:
+            os.close(self._lock_file)
+            self._lock_file = None
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    @contextmanager
+    def _transaction(self) -> Iterator[sqlite3.Connection]:
+        try:
+            self._db.execute("BEGIN IMMEDIATE")
+            try:
+                yield self._db
+            except BaseException:
+                self._db.execute("ROLLBACK")
+                raise
+            self._db.execute("COMMIT")
+        except sqlite3.OperationalError as error:
+            raise ConfigError(
+                f"cannot write {self.folder / 'store.sqlite'}: {error}; free disk space or fix its permissions, nothing was lost"
+            ) from error
+
+    # --- settings of the run ------------------------------------------------------------------------------------
+
+    def remember(self, key: str, value: str) -> None:
+        """Keep one fact of the run."""
+        with self._transaction() as db:
+            db.execute("INSERT INTO meta VALUES (?, ?) ON CONFLICT (key) DO UPDATE SET value = excluded.value", (key, value))
+
+    def recall(self, key: str) -> str | None:
+        """Read a fact that was remembered."""
+        row = self._db.execute("SELECT value FROM meta WHERE key = ?", (key,)).fetchone()
+        return None if row is None else str(row[0])
+
+    # --- rounds -------------------------------------------------------------------------------------------------
+
+    def open_round(self, number: int, attempt: int, cohort: tuple[str, ...], base: str, deadline_s: float) -> None:
+        """Record that a round, or its next attempt, is open."""
+        now = time.time()
+        with self._transaction() as db:
+            db.execute(
+                "INSERT INTO rounds (round, attempt, phase, cohort, base, opened_at, deadline_at) "
+                "VALUES (?, ?, 'open', ?, ?, ?, ?) ON CONFLICT (round) DO UPDATE SET "
+                "attempt = excluded.attempt, cohort = excluded.cohort, deadline_at = excluded.deadline_at",
+                (number, attempt, msgspec.json.encode(cohort).decode(), base, now, now + deadline_s),
+            )
+
+    def start_folding(self, number: int) -> None:
+        """Record that the round takes no further update, so that a restart folds exactly the same ones."""
+        with self._transaction() as db:
+            db.execute("UPDATE rounds SET phase = 'folding' WHERE round = ?", (number,))
+
+    def close_round(self, number: int, fold_s: float) -> None:
+        """Record that the round's checkpoint is durable, and forget its updates' files."""
+        with self._transaction() as db:
+            db.execute(
+                "UPDATE rounds SET phase = 'closed', closed_at = ?, fold_s = ? WHERE round = ?", (time.time(), fold_s, number)
+            )
+        self.sweep()
+
+    def record_evaluation(self, number: int, loss: float, accuracy: float, evaluate_s: float) -> None:
+        """Record the hold-out metrics of a closed round."""
+        with self._transaction() as db:
+            db.execute(
+                "UPDATE rounds SET loss = ?, accuracy = ?, evaluate_s = ? WHERE round = ?", (loss, accuracy, evaluate_s, number)
+            )
+
+    def rounds(self) -> list[StoredRound]:
+        """All rounds, oldest first."""
+        rows = self._db.execute(
+            "SELECT round, attempt, phase, cohort, base, opened_at, deadline_at, closed_at, fold_s, loss, accuracy, "
+            "evaluate_s FROM rounds ORDER BY round"
+        )
+        return [StoredRound(*row[:3], _names(row[3]), *row[4:]) for row in rows]
+
+    # --- updates ------------------------------------------------------------------------------------------------
+
+    def update_path(self, number: int, agent: str) -> Path:
+        """Where an accepted update of the open round lies."""
+        return self.folder / "updates" / f"{number:06d}" / agent
+
+    def incoming_path(self, agent: str, sha256: str) -> Path:
+        """Where an upload is collected. A new object of the same agent takes the place of the former."""
+        path = self.folder / "incoming" / f"{agent}-{sha256}"
+        for other in path.parent.glob(f"{agent}-{'[0-9a-f]' * 64}"):
+            if other != path:
+                other.unlink(missing_ok=True)
+        return path
+
+    def record_update(self, number: int, agent: str, offer: UpdateOffer) -> None:
+        """Commit that an update, whose file is durable already, counts in the round."""
+        with self._transaction() as db:
+            db.execute(
+                "INSERT INTO updates VALUES (?, ?, ?, ?, ?, ?, ?)",
+                (
+                    number,
+                    agent,
+                    offer.object.sha256,
+                    offer.object.length,
+                    offer.samples,
+                    msgspec.json.encode(offer.metrics).decode(),
+                    time.time(),
+                ),
+            )
+
+    def updates(self, number: int) -> dict[str, StoredUpdate]:
+        """Accepted updates of a round, by agent, sorted by name."""
+        rows = self._db.execute(
+            "SELECT agent, sha256, bytes, samples, metrics FROM updates WHERE round = ? ORDER BY agent", (number,)
+        )
+        return {
+            agent: StoredUpdate(
+                agent, sha256, size, samples, msgspec.json.decode(metrics, type=TrainMetrics), self.update_path(number, agent)
+            )
+            for agent, sha256, size, samples, metrics in rows
+        }
+
+    def sweep(self) -> None:
+        """Delete update files and uploads that no open round names: leftovers of closed rounds and of crashes."""
+        open_rounds = {
+            f"{row[0]:06d}": row[0] for row in self._db.execute("SELECT round FROM rounds WHERE phase != 'closed'")
+        }
+        for folder in (self.folder / "updates").iterdir():
+            if folder.name not in open_rounds:
+                shutil.rmtree(folder)
+                continue
+            named = self.updates(open_rounds[folder.name])
+            for file in folder.iterdir():
+                if file.name not in named:
+                    file.unlink()
+        if not open_rounds:
+            for file in (self.folder / "incoming").iterdir():
+                file.unlink()
+
+    # --- checkpoints --------------------------------------------------------------------------------------------
+
+    def checkpoint_path(self, number: int) -> Path:
+        """The global model after a round; 0 is the initial model."""
+        return self.folder / "checkpoints" / f"round-{number:06d}.safetensors"
+
+    def write_checkpoint(self, number: int, data: bytes) -> Path:
+        """Write a checkpoint durably."""
+        path = self.checkpoint_path(number)
+        write_whole(path, data)
+        return path
+
+    def write_metrics(self, number: int, metrics: dict[str, Any]) -> None:
+        """Write hold-out metrics beside the checkpoint, where an export finds them."""
+        write_whole(self.checkpoint_path(number).with_suffix(".json"), msgspec.json.encode(metrics))
+
+    def prune_checkpoints(self, keep: int) -> None:
+        """Delete all but the ``keep`` newest checkpoints; 0 keeps all."""
+        if keep:
+            for path in sorted((self.folder / "checkpoints").glob("round-*.safetensors"))[:-keep]:
+                path.with_suffix(".json").unlink(missing_ok=True)
+                path.unlink()
+
+    # --- agents and refusals ------------------------------------------------------------------------------------
+
+    def record_agent(self, agent: str, state: AgentState) -> None:
+        """Keep an agent's last word."""
+        capabilities = "" if state.capabilities is None else msgspec.json.encode(state.capabilities).decode()
+        with self._transaction() as db:
+            db.execute(
+                "INSERT INTO agents VALUES (?, ?, ?, ?, ?) ON CONFLICT (agent) DO UPDATE SET online = excluded.online, "
+                "session = excluded.session, changed_at = excluded.changed_at, "
+                "capabilities = CASE excluded.capabilities WHEN '' THEN capabilities ELSE excluded.capabilities END",
+                (agent, state.state == "online", state.session, capabilities, time.time()),
+            )
+
+    def agents(self) -> list[StoredAgent]:
+        """All agents that ever announced themselves, by name."""
+        rows = self._db.execute("SELECT agent, online, session, capabilities, changed_at FROM agents ORDER BY agent")
+        return [
+            StoredAgent(
+                agent, bool(online), session, msgspec.json.decode(text, type=Capabilities) if text else None, changed_at
+            )
+            for agent, online, session, text, changed_at in rows
+        ]
+
+    def record_refusal(self, number: int, agent: str, code: Rejection, detail: str) -> None:
+        """Keep why something of an agent was refused."""
+        with self._transaction() as db:
+            db.execute(
+                "INSERT INTO refusals (round, agent, code, detail, at) VALUES (?, ?, ?, ?, ?)",
+                (number, agent, code.value, detail, time.time()),
+            )
+            db.execute("DELETE FROM refusals WHERE id <= (SELECT max(id) FROM refusals) - ?", (REFUSALS_KEPT,))
+
+    def refusals(self, limit: int = 20) -> list[tuple[int, str, str, str, float]]:
+        """The newest refusals: round, agent, code, detail, Unix seconds."""
+        rows = self._db.execute("SELECT round, agent, code, detail, at FROM refusals ORDER BY id DESC LIMIT ?", (limit,))
+        return [tuple(row) for row in rows]
+
+    def refusal_counts(self) -> dict[str, int]:
+        """How many were refused, by code."""
+        return dict(self._db.execute("SELECT code, count(*) FROM refusals GROUP BY code ORDER BY code"))
+
+
+def move_durably(source: Path, target: Path) -> None:
+    """Rename within the state folder so that the new name survives a power loss."""
+    target.parent.mkdir(parents=True, exist_ok=True)
+    os.replace(source, target)
+    sync_folder(target.parent)
+
+
+def _names(text: str) -> tuple[str, ...]:
+    return msgspec.json.decode(text, type=tuple[str, ...])
