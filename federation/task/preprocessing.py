@@ -1,0 +1,105 @@
+"""From a picture to the array that a model takes: the one recipe, for training and for devices. No torch."""
+
+from typing import Annotated, Literal
+
+import msgspec
+import numpy as np
+from msgspec import Meta, Struct
+from PIL import Image
+
+from federation.errors import ConfigError
+from federation.wire.messages import Finite, Positive, TaskSpec
+
+PIXEL_SCALE = 1 / 255
+"""Brings 8-bit pixels into [0, 1]."""
+
+_MODES = {1: "L", 3: "RGB"}
+
+
+class Preprocessing(Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
+    """The recipe, as it is written into an exported model.
+
+    Attributes:
+        channels: 1 (grey) or 3 (RGB).
+        height: Pixels.
+        width: Pixels.
+        mean: Per channel, subtracted from scaled pixels.
+        std: Per channel, divided by after that.
+        scale: Pixels are multiplied by it first.
+        layout: Order of the axes that the model takes.
+        resize: ``bilinear-antialias`` is Pillow's BILINEAR: a triangle filter that widens when it shrinks.
+    """
+
+    channels: Annotated[int, Meta(ge=1, le=64)]
+    height: Annotated[int, Meta(ge=1, le=4096)]
+    width: Annotated[int, Meta(ge=1, le=4096)]
+    mean: Annotated[tuple[Finite, ...], Meta(min_length=1, max_length=64)]
+    std: Annotated[tuple[Positive, ...], Meta(min_length=1, max_length=64)]
+    scale: Positive = PIXEL_SCALE
+    layout: Literal["NCHW"] = "NCHW"
+    resize: Literal["bilinear-antialias"] = "bilinear-antialias"
+
+    def __post_init__(self) -> None:
+        if not len(self.mean) == len(self.std) == self.channels:
+            raise ValueError(f"{len(self.mean)} means and {len(self.std)} stds for {self.channels} channels")
+
+    @classmethod
+    def of(cls, task: TaskSpec) -> "Preprocessing":
+        """The recipe of a task."""
+        return cls(channels=task.channels, height=task.height, width=task.width, mean=task.mean, std=task.std)
+
+    def pixels(self, image: Image.Image) -> np.ndarray:
+        """Bring a picture's colours and size into shape.
+
+        Returns:
+            uint8 ``[channels, height, width]``.
+
+        Raises:
+            ConfigError: If the model takes neither grey nor RGB pictures.
+        """
+        mode = _MODES.get(self.channels)
+        if mode is None:
+            raise ConfigError(
+                f"the model takes {self.channels} channels: only grey (1) and RGB (3) can be made from a picture"
+            )
+        size = (self.width, self.height)
+        if image.mode != mode:
+            image = image.convert(mode)
+        if image.size != size:
+            image = image.resize(size, Image.Resampling.BILINEAR)
+        array = np.asarray(image, dtype=np.uint8)
+        return array[None] if array.ndim == 2 else array.transpose(2, 0, 1)  # noqa: PLR2004 - a grey picture has two axes
+
+    def normalise(self, pixels: np.ndarray) -> np.ndarray:
+        """Scale, centre and divide.
+
+        Args:
+            pixels: uint8 ``[..., channels, height, width]``.
+
+        Returns:
+            float32 of the same shape, C-contiguous.
+        """
+        # One multiplication and one addition per pixel: (x * scale - mean) / std = x * (scale / std) - mean / std.
+        std = np.array(self.std, dtype=np.float64)[:, None, None]
+        mean = np.array(self.mean, dtype=np.float64)[:, None, None]
+        factor = (self.scale / std).astype(np.float32)
+        offset = (mean / std).astype(np.float32)
+        return np.ascontiguousarray(pixels * factor - offset)
+
+    def apply(self, image: Image.Image) -> np.ndarray:
+        """From a picture to float32 ``[channels, height, width]``, normalised."""
+        return self.normalise(self.pixels(image))
+
+
+def decode_preprocessing(text: str) -> Preprocessing:
+    """Parse the JSON that an exported model carries.
+
+    Raises:
+        ConfigError: If it is not one that this version of fedge can follow.
+    """
+    try:
+        return msgspec.json.decode(text, type=Preprocessing)
+    except msgspec.DecodeError as error:
+        raise ConfigError(
+            f"the model's preprocessing cannot be followed ({error}): update fedge here"
+        ) from error
