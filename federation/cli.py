@@ -1,6 +1,7 @@
-"""What every fedge command does around its work: one-line errors, exit codes, quiet pipes, logging.
+"""What every fedge command does around its work: one-line errors, exit codes, quiet pipes.
 
-Imports nothing heavy: ``edge-agent infer`` goes through here on devices with little memory.
+Imports nothing heavy: a command that does not log should not pay for structlog, and ``edge-agent infer`` goes
+through here on devices with little memory.
 """
 
 import os
@@ -50,43 +51,6 @@ def run(app: typer.Typer) -> NoReturn:
     with _readable_errors(), _quiet_pipe():
         app()
     sys.exit(ExitCode.OK)
-
-
-def set_up_logging(*, verbose: bool = False) -> None:
-    """Send structlog's events to stderr: for a person when it is a terminal, as JSON lines otherwise.
-
-    Call it once, in the command that logs; commands that only print need not pay for it.
-
-    Args:
-        verbose: Show debug events too.
-    """
-    import logging  # noqa: PLC0415 - structlog costs memory that an inference-only process should not pay
-
-    import structlog  # noqa: PLC0415
-
-    # Plain tracebacks only: the richer formatters print local variables, among them keys and tensors.
-    presentation: list[structlog.typing.Processor]
-    if sys.stderr.isatty():
-        presentation = [
-            structlog.processors.TimeStamper(fmt="%H:%M:%S", utc=False),
-            structlog.dev.ConsoleRenderer(exception_formatter=structlog.dev.plain_traceback),
-        ]
-    else:
-        presentation = [
-            structlog.processors.TimeStamper(fmt="iso", utc=True),
-            structlog.processors.format_exc_info,
-            structlog.processors.JSONRenderer(),
-        ]
-    structlog.configure(
-        processors=[
-            structlog.contextvars.merge_contextvars,
-            structlog.processors.add_log_level,
-            *presentation,
-        ],
-        wrapper_class=structlog.make_filtering_bound_logger(logging.DEBUG if verbose else logging.INFO),
-        logger_factory=structlog.WriteLoggerFactory(file=sys.stderr),
-        cache_logger_on_first_use=True,
-    )
 
 
 @contextmanager

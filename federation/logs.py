@@ -18,7 +18,10 @@ def configure(*, level: str = "info", form: LogFormat = "auto") -> None:
     """
     console = form == "console" or (form == "auto" and sys.stderr.isatty())
     renderer: structlog.typing.Processor = (
-        structlog.dev.ConsoleRenderer() if console else structlog.processors.JSONRenderer()
+        # rich, where it is installed, would print local variables too: keys and tensors have no place in a log
+        structlog.dev.ConsoleRenderer(exception_formatter=structlog.dev.plain_traceback)
+        if console
+        else structlog.processors.JSONRenderer()
     )
     structlog.configure(
         processors=[

@@ -11,14 +11,15 @@ import pytest
 PROGRAM = """
 import sys
 from pathlib import Path
-from federation.cli import new_app, run, set_up_logging
+from federation.cli import new_app, run
 from federation.errors import *
+from federation.logs import configure
 
 app = new_app("A test command.")
 
 @app.command()
 def work(name: str) -> None:
-    set_up_logging()
+    configure()
     import structlog
     log = structlog.get_logger()
     if name == "verification":
