@@ -17,17 +17,19 @@ import os
 import secrets
 import shutil
 import sqlite3
+import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Self
+from typing import Self
 
 import msgspec
 
 from federation.errors import ConfigError, Rejection
 from federation.files import disk_error, sync_folder, write_whole
+from federation.task.checkpoint import FOLDER, HoldOutMetrics, checkpoint_path
 from federation.wire.messages import AgentState, Capabilities, TrainMetrics, UpdateOffer
 
 SCHEMA_VERSION = 1
@@ -147,7 +149,7 @@ class Store:
         if not create and not database.exists():
             raise ConfigError(f"{folder} is not the state folder of an aggregator: there is no {database.name} in it")
         try:
-            for name in ("checkpoints", "updates", "incoming"):
+            for name in (FOLDER, "updates", "incoming"):
                 (folder / name).mkdir(parents=True, exist_ok=True)
             self._db = sqlite3.connect(database, isolation_level=None, timeout=30.0, check_same_thread=False)
             # FULL: a commit is on the disk when it returns, since receipts promise it.
@@ -157,6 +159,7 @@ class Store:
         except sqlite3.Error as error:
             raise ConfigError(f"cannot open {database}: {error}") from error
         self._lock_file: int | None = None
+        self._one_writer = threading.RLock()
         self._check_meta(federation)
 
     def _check_meta(self, federation: str | None) -> None:
@@ -213,13 +216,14 @@ class Store:
     @contextmanager
     def _transaction(self) -> Iterator[sqlite3.Connection]:
         try:
-            self._db.execute("BEGIN IMMEDIATE")
-            try:
-                yield self._db
-            except BaseException:
-                self._db.execute("ROLLBACK")
-                raise
-            self._db.execute("COMMIT")
+            with self._one_writer:
+                self._db.execute("BEGIN IMMEDIATE")
+                try:
+                    yield self._db
+                except BaseException:
+                    self._db.execute("ROLLBACK")
+                    raise
+                self._db.execute("COMMIT")
         except sqlite3.OperationalError as error:
             raise ConfigError(
                 f"cannot write {self.folder / 'store.sqlite'}: {error}; free disk space or fix its permissions, nothing was lost"
@@ -341,7 +345,7 @@ class Store:
 
     def checkpoint_path(self, number: int) -> Path:
         """The global model after a round; 0 is the initial model."""
-        return self.folder / "checkpoints" / f"round-{number:06d}.safetensors"
+        return checkpoint_path(self.folder, number)
 
     def write_checkpoint(self, number: int, data: bytes) -> Path:
         """Write a checkpoint durably."""
@@ -349,14 +353,14 @@ class Store:
         write_whole(path, data)
         return path
 
-    def write_metrics(self, number: int, metrics: dict[str, Any]) -> None:
+    def write_metrics(self, number: int, metrics: HoldOutMetrics) -> None:
         """Write hold-out metrics beside the checkpoint, where an export finds them."""
         write_whole(self.checkpoint_path(number).with_suffix(".json"), msgspec.json.encode(metrics))
 
     def prune_checkpoints(self, keep: int) -> None:
         """Delete all but the ``keep`` newest checkpoints; 0 keeps all."""
         if keep:
-            for path in sorted((self.folder / "checkpoints").glob("round-*.safetensors"))[:-keep]:
+            for path in sorted((self.folder / FOLDER).glob("round-*.safetensors"))[:-keep]:
                 path.with_suffix(".json").unlink(missing_ok=True)
                 path.unlink()
 

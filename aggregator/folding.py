@@ -1,0 +1,109 @@
+"""The heavy work of a round, away from the event loop: check an update, average them, evaluate the result."""
+
+import mmap
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+from aggregator.admission import Limits, check_update
+from aggregator.store import Store, StoredUpdate, move_durably
+from aggregator.strategies import Accumulator, Strategy
+from federation.task.checkpoint import CheckpointInfo, HoldOutMetrics, checkpoint_bytes, read_checkpoint
+from federation.wire.codec import Schema, decode
+from federation.wire.objects import PartialObject
+
+
+def keep_update(partial: PartialObject, target: Path, schema: Schema, encoding: str, limits: Limits) -> None:
+    """Check a complete upload and make it durable at ``target``.
+
+    Raises:
+        PeerError: If its hash or its content is refused; nothing is left of it.
+        ConfigError: If the disk is full.
+    """
+    finished = partial.finish(partial.path.with_suffix(".whole"))
+    try:
+        with finished.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
+            view = memoryview(data)
+            try:
+                _check(view, schema, encoding, limits)
+            finally:
+                view.release()
+        move_durably(finished, target)
+    finally:
+        finished.unlink(missing_ok=True)
+
+
+def _check(view: memoryview, schema: Schema, encoding: str, limits: Limits) -> None:
+    # In a function of its own: the arrays are views into the map, and must be gone before it is closed.
+    check_update(view, schema, encoding, limits)
+
+
+@dataclass(frozen=True, slots=True)
+class FoldResult:
+    """A new checkpoint on disk.
+
+    Attributes:
+        path: Of the checkpoint.
+        seconds: That it took.
+    """
+
+    path: Path
+    seconds: float
+
+
+def fold(store: Store, info: CheckpointInfo, updates: Mapping[str, StoredUpdate], encoding: str, strategy: Strategy) -> FoldResult:
+    """Average ``updates`` into the model of the round before ``info.round``, and write the new checkpoint.
+
+    The updates are added in the order of the mapping, one in memory at a time, so equal updates give equal bits.
+
+    Args:
+        store: Holds the base model and takes the checkpoint.
+        info: Of the new checkpoint.
+        updates: Accepted updates, by agent, sorted.
+        encoding: Of the updates.
+        strategy: The server step.
+    """
+    began = time.monotonic()
+    _, base = read_checkpoint(store.checkpoint_path(info.round - 1))
+    schema = {name: array.shape for name, array in base.items()}
+    total = Accumulator(schema)
+    for update in updates.values():
+        total.add(decode(update.path.read_bytes(), schema, encoding), float(update.samples))
+    path = store.write_checkpoint(info.round, checkpoint_bytes(info, strategy.step(base, total.mean())))
+    return FoldResult(path, time.monotonic() - began)
+
+
+class Evaluator:
+    """Evaluates checkpoints on the hold-out set. Imports torch when it is made, and keeps model and data.
+
+    Args:
+        data_spec: The hold-out set (``federation.task.data``).
+        info: Any checkpoint's: its task is the federation's.
+
+    Raises:
+        ConfigError: If the data cannot be opened.
+    """
+
+    def __init__(self, data_spec: str, info: CheckpointInfo) -> None:
+        from federation.task.data import open_data  # noqa: PLC0415: torch only where there is a hold-out set
+        from federation.task.models import build  # noqa: PLC0415
+
+        self._data = open_data(data_spec, info.task, train=False)
+        self._model = build(info.task)
+
+    def evaluate(self, checkpoint: Path) -> tuple[HoldOutMetrics, float]:
+        """Evaluate one checkpoint.
+
+        Returns:
+            The metrics, and the seconds that it took.
+        """
+        from federation.task.evaluate import evaluate  # noqa: PLC0415
+        from federation.task.models import load_arrays  # noqa: PLC0415
+
+        began = time.monotonic()
+        _, arrays = read_checkpoint(checkpoint)
+        load_arrays(self._model, arrays)
+        result = evaluate(self._model, self._data)
+        metrics = HoldOutMetrics(loss=result.loss, accuracy=result.accuracy, samples=result.samples)
+        return metrics, time.monotonic() - began

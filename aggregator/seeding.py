@@ -1,0 +1,144 @@
+"""Put objects on the broker as retained chunks, and take older ones away. A thread of its own: it waits for the link.
+
+A broker may lose what it held (mosquitto does on kill -9), or may have kept everything (the link alone broke). After
+each connect the last chunk of every object is asked for: chunks are published in order, so if that one is there all
+are, and nothing is sent twice.
+"""
+
+import queue
+import threading
+from collections import deque
+from dataclasses import dataclass
+from pathlib import Path
+
+import msgspec
+import structlog
+
+from aggregator.store import Store
+from federation.errors import FedgeError, TransportError
+from federation.wire.link import Link
+from federation.wire.messages import ObjectRef
+from federation.wire.objects import read_chunk
+from federation.wire.topics import Topics
+
+log = structlog.get_logger()
+
+OBJECTS_KEPT = 2
+"""The open round's base model, and the one before for agents that are still fetching it."""
+
+PROBE_S = 2.0
+"""How long a broker may take to deliver a retained chunk before it counts as lost."""
+
+PUBLISH_TIMEOUT_S = 60.0
+
+_MEMORY_KEY = "seeded"
+
+
+@dataclass(frozen=True, slots=True)
+class _Seeded:
+    ref: ObjectRef
+    path: Path
+
+
+class Seeder:
+    """Keeps the newest objects on the broker.
+
+    Args:
+        link: To publish on.
+        topics: Of the federation.
+        store: Remembers what lies on the broker across restarts, so that it can be cleared one day.
+    """
+
+    def __init__(self, link: Link, topics: Topics, store: Store) -> None:
+        self._link, self._topics, self._store = link, topics, store
+        self._wanted: deque[_Seeded] = deque(maxlen=OBJECTS_KEPT)
+        self._stale: list[ObjectRef] = msgspec.json.decode(store.recall(_MEMORY_KEY) or "[]", type=list[ObjectRef])
+        self._present: set[str] = set()
+        # Published over an earlier connection, perhaps by an earlier process: the broker may or may not hold it.
+        self._doubtful = {ref.sha256 for ref in self._stale}
+        self._probed: dict[str, threading.Event] = {}
+        self._guard = threading.Lock()
+        self._work: queue.SimpleQueue[bool] = queue.SimpleQueue()
+        self._thread = threading.Thread(target=self._run, name="seeder", daemon=True)
+        self._thread.start()
+
+    def want(self, path: Path, ref: ObjectRef) -> None:
+        """Make ``path`` the newest object; what falls out of the kept ones is cleared from the broker."""
+        with self._guard:
+            if any(seeded.ref == ref for seeded in self._wanted):
+                return
+            if len(self._wanted) == OBJECTS_KEPT:
+                self._stale.append(self._wanted[0].ref)
+            self._wanted.append(_Seeded(ref, path))
+            self._stale = [stale for stale in self._stale if stale.sha256 != ref.sha256]
+            memory = [*self._stale, *(seeded.ref for seeded in self._wanted)]
+        self._store.remember(_MEMORY_KEY, msgspec.json.encode(memory).decode())
+        self._work.put(True)
+
+    def connected(self) -> None:
+        """The link is up: find out what the broker still holds."""
+        with self._guard:
+            self._doubtful |= self._present
+            self._present.clear()
+        self._work.put(True)
+
+    def arrived(self, sha256: str, payload: bytes) -> None:
+        """A chunk that was asked for came from the broker."""
+        probe = self._probed.get(sha256)
+        if probe is not None and payload:
+            probe.set()
+
+    def stop(self) -> None:
+        """End the thread after what it is doing."""
+        self._work.put(False)
+        self._thread.join(timeout=PROBE_S)
+
+    def _run(self) -> None:
+        while self._work.get():
+            try:
+                self._bring_up_to_date()
+            except TransportError as error:
+                log.warning("seeding_interrupted", reason=str(error), remedy="it goes on after the next connect")
+            except (FedgeError, OSError) as error:
+                log.error("seeding_failed", reason=str(error))
+
+    def _bring_up_to_date(self) -> None:
+        with self._guard:
+            missing = [seeded for seeded in reversed(self._wanted) if seeded.ref.sha256 not in self._present]
+            stale = list(self._stale)
+        for seeded in missing:
+            if seeded.ref.sha256 not in self._doubtful or not self._probe(seeded.ref):
+                self._publish(seeded)
+            with self._guard:
+                self._doubtful.discard(seeded.ref.sha256)
+                self._present.add(seeded.ref.sha256)
+        for ref in stale:
+            for index in range(ref.chunks):
+                self._link.publish_bulk(
+                    self._topics.object_chunk(ref.sha256, index), b"", qos=1, retain=True, timeout_s=PUBLISH_TIMEOUT_S
+                )
+            with self._guard:
+                self._stale.remove(ref)
+                memory = [*self._stale, *(seeded.ref for seeded in self._wanted)]
+            self._store.remember(_MEMORY_KEY, msgspec.json.encode(memory).decode())
+
+    def _probe(self, ref: ObjectRef) -> bool:
+        arrived = self._probed[ref.sha256] = threading.Event()
+        topic = self._topics.object_chunk(ref.sha256, ref.chunks - 1)
+        self._link.subscribe([(topic, 0)])
+        try:
+            return arrived.wait(PROBE_S)
+        finally:
+            del self._probed[ref.sha256]
+            self._link.unsubscribe([topic])
+
+    def _publish(self, seeded: _Seeded) -> None:
+        for index in range(seeded.ref.chunks):
+            self._link.publish_bulk(
+                self._topics.object_chunk(seeded.ref.sha256, index),
+                read_chunk(seeded.path, seeded.ref, index),
+                qos=1,
+                retain=True,
+                timeout_s=PUBLISH_TIMEOUT_S,
+            )
+        log.info("model_seeded", object=seeded.ref.sha256[:12], bytes=seeded.ref.length, chunks=seeded.ref.chunks)
