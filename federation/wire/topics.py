@@ -46,6 +46,9 @@ class Topics:
         self.prefix = f"{PROTOCOL}/{federation}"
         self.aggregator = f"{self.prefix}/aggregator"
         self.plan = f"{self.prefix}/plan"
+        self.releases = f"{self.prefix}/release/#"
+        self.objects = f"{self.prefix}/object/#"
+        self.everything = f"{self.prefix}/#"
 
     def object_chunk(self, sha256: str, index: int) -> str:
         """Chunk ``index`` of an object that the aggregator publishes, retained."""
@@ -58,6 +61,10 @@ class Topics:
     def telemetry(self, agent: str) -> str:
         """Health of an agent; ``+`` for all."""
         return f"{self.prefix}/agent/{agent}/telemetry"
+
+    def predictions(self, agent: str) -> str:
+        """Inference results of an agent; ``+`` for all."""
+        return f"{self.prefix}/agent/{agent}/predictions"
 
     def offer(self, agent: str) -> str:
         """Signed messages of an agent: offers and declines."""
