@@ -1,0 +1,123 @@
+"""What was asked for and has not come yet: when to ask again, and how much to ask for at once."""
+
+from collections.abc import Iterable, Iterator
+from math import inf
+
+MAX_RETRY_S = 60.0
+"""Upper bound of every retry time: a device that waits for a re-seeding asks once a minute, not less often."""
+
+_FLIGHTS_PER_RETRY = 4.0
+"""A chunk counts as lost after this many usual flights: early enough to matter, late enough to be true."""
+
+_SMOOTHING = 0.25
+"""Weight of a new sample in the moving averages: the last dozen chunks decide."""
+
+_JITTER_S = 0.05
+"""Floor of the path's delay: a busy device's threads do not answer faster than this at all times."""
+
+_GAIN = 2.0
+"""Window over bandwidth-delay product: room to see a higher rate than the last one (as in BBR's start-up)."""
+
+
+class Outstanding:
+    """Chunks asked for and not arrived, with the flight time and the rate observed on this path.
+
+    Flight is the time from the first ask to the arrival, so an ask that was repeated too early teaches a longer
+    retry time instead of a shorter one. The retry time doubles with every expiry that no arrival interrupted.
+    The rate sample is what was delivered while a chunk was in flight, over that time (Cardwell et al., "BBR:
+    Congestion-Based Congestion Control", ACM Queue 14(5), 2016).
+
+    Args:
+        retry_s: Least time after which a chunk is asked for again, seconds.
+    """
+
+    def __init__(self, retry_s: float) -> None:
+        self._retry_s = retry_s
+        self._since: dict[int, float] = {}  # latest ask; insertion order is time order
+        self._first: dict[int, tuple[float, int]] = {}  # first ask, and the bytes delivered by then
+        self._delivered = 0
+        self._flight_s = 0.0
+        self._shortest_s = inf
+        self._rate = 0.0
+        self._doublings = 0
+        self._arrived = False
+
+    def __len__(self) -> int:
+        return len(self._since)
+
+    def __contains__(self, index: object) -> bool:
+        return index in self._since
+
+    def __iter__(self) -> Iterator[int]:
+        return iter(self._since)
+
+    def ask(self, indices: Iterable[int], now: float) -> None:
+        """Note that ``indices`` were asked for now, for the first time or again."""
+        for index in indices:
+            self._since.pop(index, None)
+            self._since[index] = now
+            self._first.setdefault(index, (now, self._delivered))
+
+    def arrive(self, index: int, size: int, now: float) -> None:
+        """Note that a chunk of ``size`` bytes has come, also one that was already given up."""
+        self._since.pop(index, None)
+        self._delivered += size
+        self._doublings = 0
+        self._arrived = True
+        asked = self._first.pop(index, None)
+        if asked is None or now <= asked[0]:
+            return
+        flight = now - asked[0]
+        rate = (self._delivered - asked[1]) / flight
+        self._shortest_s = min(self._shortest_s, flight)
+        self._flight_s += (flight - self._flight_s) * (_SMOOTHING if self._flight_s else 1.0)
+        self._rate += (rate - self._rate) * (_SMOOTHING if self._rate else 1.0)
+
+    def postpone(self, index: int, now: float) -> None:
+        """Restart the retry time of a chunk that came but was unusable."""
+        if self._since.pop(index, None) is not None:
+            self._since[index] = now
+
+    def expire(self, now: float) -> list[int]:
+        """Remove and return the chunks whose retry time is over, oldest ask first."""
+        limit = self.retry_after
+        late = [index for index, since in self._since.items() if now - since >= limit]
+        for index in late:
+            del self._since[index]
+        if late:
+            self._doublings = 0 if self._arrived else self._doublings + 1
+            self._arrived = False
+        return late
+
+    def release(self) -> list[int]:
+        """Remove and return all chunks; what still arrives of them counts with its whole flight."""
+        released = list(self._since)
+        self._since.clear()
+        return released
+
+    def interrupt(self) -> list[int]:
+        """Remove and return all chunks, because the link broke: their flights say nothing about the path."""
+        self._first.clear()
+        return self.release()
+
+    @property
+    def patience(self) -> float:
+        """The retry time without its doublings, seconds."""
+        return min(MAX_RETRY_S, max(self._retry_s, _FLIGHTS_PER_RETRY * self._flight_s))
+
+    @property
+    def retry_after(self) -> float:
+        """Time after an ask at which it is repeated, seconds."""
+        return min(MAX_RETRY_S, self.patience * 2.0 ** min(self._doublings, 16))
+
+    @property
+    def worthwhile_bytes(self) -> float:
+        """How many bytes in flight keep the path busy: twice the bandwidth-delay product; 0 when unknown."""
+        if not self._rate:
+            return 0.0
+        return _GAIN * self._rate * max(self._shortest_s, _JITTER_S)
+
+    def next_expiry(self) -> float | None:
+        """When :meth:`expire` will next return something; None when nothing is outstanding."""
+        oldest = next(iter(self._since.values()), None)
+        return None if oldest is None else oldest + self.retry_after
