@@ -1,0 +1,246 @@
+"""What waits to be sent, between any thread that publishes and the one that talks to the broker.
+
+Nothing survives a disconnect: a new session starts empty and the owner publishes again what still matters, so an
+old plan or state can never overtake a newer one.
+"""
+
+import threading
+from collections import deque
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from time import monotonic
+
+from federation.errors import TransportError
+from federation.wire.address import LARGEST_PACKET
+from federation.wire.inbox import Limits
+
+CONTROL_BYTES = 64 * 1024 * 1024
+"""Control messages that may wait while the broker does not read; the keepalive ends such a connection anyway."""
+
+JOB_OVERHEAD_BYTES = 256
+
+LARGEST_TOPIC = 65_535
+
+
+@dataclass(frozen=True, slots=True)
+class Publish:
+    """One message to send."""
+
+    topic: str
+    payload: bytes = field(repr=False)
+    qos: int
+    retain: bool
+    bulk: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class Subscribe:
+    """Filters with the highest QoS wanted, few enough for one packet."""
+
+    filters: tuple[tuple[str, int], ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Unsubscribe:
+    """Filters, few enough for one packet."""
+
+    filters: tuple[str, ...]
+
+
+Job = Publish | Subscribe | Unsubscribe
+
+
+class SendQueue:
+    """Control messages, which never wait for room, and bulk messages, which do. Safe from any thread.
+
+    Args:
+        max_bulk: Bulk messages that may be waiting, un-sent or un-acknowledged.
+        wake: Called after something was queued.
+    """
+
+    def __init__(self, max_bulk: int, wake: Callable[[], None]) -> None:
+        self._max_bulk = max_bulk
+        self._wake = wake
+        self._changed = threading.Condition()
+        self._control: deque[Job] = deque()
+        self._control_bytes = 0
+        self._bulk: deque[Publish] = deque()
+        self._pending = 0
+        self._lost = 0
+        self._session = 0
+        self._open = False
+        self._ending = False
+        self._limits = Limits()
+
+    @property
+    def is_open(self) -> bool:
+        """Whether there is a broker to send to."""
+        return self._open
+
+    @property
+    def limits(self) -> Limits:
+        """Of the present connection, or of the last one; those of the protocol before the first."""
+        return self._limits
+
+    def open(self, limits: Limits) -> None:
+        """A session began."""
+        with self._changed:
+            self._limits = limits
+            self._session += 1
+            self._open = True
+
+    def close(self) -> None:
+        """The session ended: forget everything and release whoever waits."""
+        with self._changed:
+            self._open = False
+            self._control.clear()
+            self._control_bytes = 0
+            self._bulk.clear()
+            self._lost += self._pending
+            self._pending = 0
+            self._changed.notify_all()
+
+    def end(self) -> None:
+        """The owner is about to stop: drop the bulk that waits and take no more, so that last words get through."""
+        with self._changed:
+            self._ending = True
+            self._pending -= len(self._bulk)
+            self._lost += len(self._bulk)
+            self._bulk.clear()
+            self._changed.notify_all()
+
+    def put(self, job: Job) -> bool:
+        """Queue a control job without waiting.
+
+        Returns:
+            False if not connected, or if 64 MiB already wait.
+
+        Raises:
+            TransportError: If a payload is over what the broker takes.
+        """
+        size = _size(job)
+        with self._changed:
+            if not self._open:
+                return False
+            if isinstance(job, Publish):
+                self._check_size(job)
+            if self._control_bytes + size > CONTROL_BYTES:
+                return False
+            self._control.append(job)
+            self._control_bytes += size
+        self._wake()
+        return True
+
+    def put_bulk(self, job: Publish, timeout_s: float) -> None:
+        """Queue a bulk message as soon as fewer than ``max_bulk`` are on their way.
+
+        Raises:
+            TransportError: If not connected, disconnected while waiting, timed out, or over the size limit.
+        """
+        deadline = monotonic() + timeout_s
+        with self._changed:
+            if not self._open:
+                raise TransportError(
+                    f"not connected: {job.topic} was not sent; retry after the link reconnects"
+                )
+            self._check_size(job)
+            self._wait(lambda: self._pending < self._max_bulk, deadline, timeout_s)
+            if self._ending:
+                raise TransportError(f"the link is stopping: {job.topic} was not sent")
+            self._pending += 1
+            self._bulk.append(job)
+        self._wake()
+
+    def flush(self, timeout_s: float) -> None:
+        """Wait until all bulk is sent (QoS 0) or acknowledged (QoS 1).
+
+        Raises:
+            TransportError: At the timeout, or if bulk was lost to a disconnect or refused since the last flush.
+        """
+        deadline = monotonic() + timeout_s
+        with self._changed:
+            if self._pending:
+                self._wait(lambda: self._pending == 0, deadline, timeout_s, lost_is_told_below=True)
+            lost, self._lost = self._lost, 0
+        if lost:
+            raise TransportError(
+                f"{lost} bulk messages were lost with the connection or refused: send them again"
+            )
+
+    def take(self, *, acks_free: bool) -> Job | None:
+        """The next job to hand to the broker, control first; None if nothing may go now.
+
+        Args:
+            acks_free: Whether another QoS 1 publish may be un-acknowledged.
+        """
+        with self._changed:
+            if self._control:
+                head = self._control[0]
+                if isinstance(head, Publish) and head.qos and not acks_free:
+                    return None  # a later message must not overtake it
+                self._control.popleft()
+                self._control_bytes -= _size(head)
+                return head
+            if self._bulk and (acks_free or not self._bulk[0].qos):
+                return self._bulk.popleft()
+            return None
+
+    def settled(self, *, refused: bool) -> None:
+        """A bulk message is through, or was refused."""
+        with self._changed:
+            self._pending -= 1
+            self._lost += refused
+            self._changed.notify_all()
+
+    def _wait(
+        self,
+        ready: Callable[[], bool],
+        deadline: float,
+        timeout_s: float,
+        *,
+        lost_is_told_below: bool = False,
+    ) -> None:
+        session = self._session
+        while not ready():
+            remaining = deadline - monotonic()
+            if remaining <= 0:
+                raise TransportError(
+                    f"the broker took no bulk message within {timeout_s:g} s ({self._pending} are on their way): "
+                    "retry, or lengthen the timeout on a slow network"
+                )
+            self._changed.wait(remaining)
+            if (not self._open or self._session != session) and not lost_is_told_below:
+                raise TransportError("disconnected while sending: retry after the link reconnects")
+
+    def _check_size(self, job: Publish) -> None:
+        size = packet_size(job, protocol=self._limits.protocol)
+        if size > self._limits.max_packet_bytes:
+            raise TransportError(
+                f"a packet of {size} bytes for {job.topic} is over the broker's limit of "
+                f"{self._limits.max_packet_bytes}: lower chunk_bytes or raise the broker's maximum packet size"
+            )
+
+
+def publish_job(topic: str, payload: bytes, *, qos: int, retain: bool, bulk: bool = False) -> Publish:
+    """Check what the protocol forbids before another thread would stumble over it.
+
+    Raises:
+        ValueError: For a topic with a wildcard, or a QoS other than 0 and 1.
+    """
+    if not topic or len(topic.encode()) > LARGEST_TOPIC or any(sign in topic for sign in "+#\0"):
+        raise ValueError(f"{topic[:200]!r} is no topic to publish to")
+    if qos not in (0, 1):
+        raise ValueError(f"QoS {qos} is not used here: 0 or 1")
+    return Publish(topic, bytes(payload), qos, retain, bulk)
+
+
+def packet_size(job: Publish, *, protocol: int) -> int:
+    """Bytes of the PUBLISH packet, header included (MQTT 3.1.1 and 5, section 3.3)."""
+    properties = 1 if protocol == 5 else 0  # noqa: PLR2004 -- an empty list of properties is one byte
+    body = 2 + len(job.topic.encode()) + (2 if job.qos else 0) + properties + len(job.payload)
+    length_bytes = max(1, -(-body.bit_length() // 7))
+    return 1 + length_bytes + min(body, LARGEST_PACKET + 1)
+
+
+def _size(job: Job) -> int:
+    return JOB_OVERHEAD_BYTES + (len(job.payload) if isinstance(job, Publish) else 0)
