@@ -24,6 +24,9 @@ log = structlog.get_logger()
 REFUSAL_LOG_INTERVAL_S = 1.0
 """At most one refusal per agent and code is written to disk in this time: a flood must not wear the disk out."""
 
+REFUSAL_MEMORY = 10_000
+"""Pairs of agent and code remembered for that: on a broker without access control, names are free to invent."""
+
 
 @dataclass(slots=True)
 class _Upload:
@@ -175,13 +178,13 @@ class Reception:
         if isinstance(result.error, PeerError):
             self._refuse(agent, offer, result.error, now)
             return [AgentOut(agent)] if offer.round == state.round else []
-        if result.error is not None:
-            raise result.error
         try:
             check_offer(offer, agent, state, self._limits)
         except PeerError as error:  # the round was closed, or another one opened, while this was being checked
             self._refuse(agent, offer, error, now)
             return []
+        if result.error is not None:
+            raise result.error
         self._store.record_update(offer.round, agent, offer)
         self._state = replace(state, accepted={**state.accepted, agent: offer.object.sha256})
         self._receipt(agent, offer)
@@ -244,6 +247,8 @@ class Reception:
         last = self._last_refusal.get((agent, error.code))
         if last is not None and now < last + REFUSAL_LOG_INTERVAL_S:
             return
+        if len(self._last_refusal) >= REFUSAL_MEMORY:
+            self._last_refusal.clear()
         self._last_refusal[agent, error.code] = now
         log.warning("refused", agent=agent, code=error.code.value, detail=error.detail)
         self._store.record_refusal(self._state.round if self._state else 0, agent, error.code, error.detail)

@@ -195,16 +195,20 @@ class Rounds:
     _deadline: float = 0.0
     _enough_since: float | None = None
 
-    def start(self, now: float, record: RoundRecord | None = None) -> list[Command]:
+    def start(self, now: float, record: RoundRecord | None = None, *, evaluate_first: bool = False) -> list[Command]:
         """Begin, or go on with the round that was in progress.
 
         Args:
             now: Monotonic seconds.
             record: The interrupted round, if any.
+            evaluate_first: The last closed round was never evaluated, and the stopping rules need it.
 
         Returns:
             The first commands.
         """
+        if record is None and evaluate_first:
+            self.phase = Phase.EVALUATING
+            return [Evaluate(self.round)]
         if record is None:
             return self._next(now)
         self.round, self.attempt, self.cohort = record.round, record.attempt, record.cohort
@@ -347,7 +351,7 @@ class Rounds:
         target, patience = self.config.target_accuracy, self.config.patience
         if target and best >= target:
             return f"reached the target accuracy: {best:.2%} of {target:.2%}"
-        if patience and len(self.accuracies) - 1 - self.accuracies.index(best) >= patience if self.accuracies else False:
+        if patience and self.accuracies and len(self.accuracies) - 1 - self.accuracies.index(best) >= patience:
             return f"no better accuracy than {best:.2%} in {patience} rounds"
         if self.round >= self.config.count:
             return f"all {self.config.count} rounds done"

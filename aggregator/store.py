@@ -377,6 +377,11 @@ class Store:
                 (agent, state.state == "online", state.session, capabilities, time.time()),
             )
 
+    def forget_presence(self) -> None:
+        """Take all agents for offline: whoever is online says so again."""
+        with self._transaction() as db:
+            db.execute("UPDATE agents SET online = 0")
+
     def agents(self) -> list[StoredAgent]:
         """All agents that ever announced themselves, by name."""
         rows = self._db.execute("SELECT agent, online, session, capabilities, changed_at FROM agents ORDER BY agent")

@@ -1,0 +1,421 @@
+"""The server: one loop that turns the link's messages into the round machine's events and carries out its commands.
+
+The network thread only fills the inbox; hashing, averaging and evaluation run in an executor and post their results
+back. So every decision is taken in one thread, in one order.
+"""
+
+import secrets
+import signal
+import time
+from collections.abc import Callable
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from types import FrameType
+
+import structlog
+
+from aggregator.admission import Limits, OpenRound
+from aggregator.config import AggregatorConfig
+from aggregator.enrolment import Enrolment
+from aggregator.folding import Evaluator, FoldResult, fold
+from aggregator.reception import Checked, Reception
+from aggregator.rounds import (
+    AgentOffline,
+    AgentOnline,
+    Command,
+    Evaluate,
+    Evaluated,
+    Event,
+    Finish,
+    Fold,
+    Folded,
+    Phase,
+    RoundRecord,
+    Rounds,
+    Tick,
+    Wait,
+)
+from aggregator.rounds import OpenRound as OpenCommand
+from aggregator.seeding import Seeder
+from aggregator.store import Store
+from aggregator.strategies import FedAvg
+from federation.errors import PeerError
+from federation.task.checkpoint import CheckpointInfo, HoldOutMetrics, read_checkpoint
+from federation.wire.address import BrokerAddress
+from federation.wire.link import Connected, Disconnected, Inbox, Link, LinkFailed, Message, Overflow, Will
+from federation.wire.messages import (
+    AgentState,
+    AggregatorState,
+    IdlePlan,
+    ObjectRef,
+    Plan,
+    RoundPlan,
+    TaskSpec,
+    decode_json,
+    encode_json,
+)
+from federation.wire.objects import ref_of_file
+from federation.wire.signing import AGGREGATOR, Purpose, seal
+from federation.wire.topics import Topics
+
+log = structlog.get_logger()
+
+PACKET_OVERHEAD_BYTES = 1024
+"""Room for topic and headers when a chunk is fitted into the broker's largest packet."""
+
+STATE_INTERVAL_S = 300.0
+"""How often the retained state is refreshed, so that a device can compare clocks."""
+
+LAST_WORDS_S = 5.0
+CHECKERS = 2
+
+
+@dataclass(frozen=True, slots=True)
+class _FoldDone:
+    round: int
+    result: FoldResult
+
+
+@dataclass(frozen=True, slots=True)
+class _EvaluationDone:
+    round: int
+    metrics: HoldOutMetrics | None
+    seconds: float
+
+
+@dataclass(frozen=True, slots=True)
+class _WorkFailed:
+    error: BaseException
+
+
+class Service:
+    """Serves one federation until its run is finished or it is told to stop.
+
+    Args:
+        config: Settings.
+        store: Locked by the caller; holds the initial checkpoint.
+        enrolment: Keys and accounts.
+        task: What is learned.
+        address: Of the broker.
+    """
+
+    def __init__(
+        self, config: AggregatorConfig, store: Store, enrolment: Enrolment, task: TaskSpec, address: BrokerAddress
+    ) -> None:
+        self._config, self._store, self._enrolment, self._task = config, store, enrolment, task
+        self._topics = Topics(config.federation)
+        self._session = secrets.token_hex(8)
+        self._inbox = Inbox()
+        will = Will(self._topics.aggregator, encode_json(AggregatorState(state="offline", session=self._session)))
+        self._link = Link(
+            address, f"{config.federation}-aggregator-{self._session}", on_event=self._inbox.put, will=will
+        )
+        self._key = enrolment.aggregator_key()
+        self._executor = ThreadPoolExecutor(CHECKERS, thread_name_prefix="worker")
+        self._reception = Reception(
+            link=self._link,
+            topics=self._topics,
+            store=store,
+            key=self._key,
+            key_of=enrolment.key_of,
+            limits=Limits(max_samples=config.rounds.max_samples, max_norm=config.rounds.max_update_norm),
+            executor=self._executor,
+            post=self._inbox.post,
+        )
+        self._seeder = Seeder(self._link, self._topics, store)
+        self._sessions: dict[str, str] = {}
+        self._base: tuple[Path, ObjectRef] | None = None
+        self._plan: bytes | None = None
+        self._evaluator: Evaluator | None = None
+        self._state_due = 0.0
+        self._stopping = False
+        past = store.rounds()
+        closed = [row for row in past if row.phase == "closed"]
+        self._rounds = Rounds(
+            config.rounds,
+            seed=config.train.seed,
+            round=closed[-1].round if closed else 0,
+            accuracies=[row.accuracy for row in closed if row.accuracy is not None],
+        )
+        self._interrupted = past[-1] if past and past[-1].phase != "closed" else None
+        self._unevaluated = bool(config.task.holdout and closed and closed[-1].accuracy is None)
+
+    # --- life -----------------------------------------------------------------------------------------------------
+
+    def run(self) -> bool:
+        """Serve.
+
+        Returns:
+            True when the run is finished, False when it was told to stop.
+
+        Raises:
+            TransportError: If the broker cannot be reached at start, or refuses.
+            ConfigError: For a fault that the operator must mend (full disk, broken hold-out set).
+        """
+        for number in (signal.SIGTERM, signal.SIGINT):
+            signal.signal(number, self._on_signal)
+        self._store.sweep()
+        self._store.forget_presence()
+        self._link.start()
+        try:
+            self._link.wait_connected(self._config.broker.connect_timeout_s)
+            self._prepare_evaluation()
+            start = self._rounds.start(time.monotonic(), self._record(), evaluate_first=self._unevaluated)
+            self._act(start)
+            while not self._stopping and self._rounds.phase is not Phase.FINISHED:
+                self._turn()
+            return self._rounds.phase is Phase.FINISHED
+        finally:
+            self._seeder.stop()
+            self._executor.shutdown(cancel_futures=True)
+            goodbye = encode_json(AggregatorState(state="offline", session=self._session))
+            last = [(self._topics.aggregator, goodbye, 1, True)]
+            if self._plan is not None:
+                last.insert(0, (self._topics.plan, self._plan, 1, True))
+            self._link.stop(last)
+
+    def _on_signal(self, number: int, _frame: FrameType | None) -> None:
+        log.info("stop_requested", signal=signal.Signals(number).name)
+        self._stopping = True
+        self._inbox.wake()
+
+    def _record(self) -> RoundRecord | None:
+        row = self._interrupted
+        if row is None:
+            return None
+        delivered = tuple(self._store.updates(row.round))
+        # The wall clock may have been set since: never wait longer than a whole deadline.
+        remaining = min(row.deadline_at - time.time(), self._config.rounds.deadline_s)
+        log.info("round_resumed", round=row.round, attempt=row.attempt, delivered=len(delivered), cohort=len(row.cohort))
+        return RoundRecord(row.round, row.attempt, row.cohort, delivered, row.phase == "folding", remaining)
+
+    def _prepare_evaluation(self) -> None:
+        if self._config.task.holdout:
+            info = CheckpointInfo(federation=self._config.federation, round=0, task=self._task)
+            self._evaluator = Evaluator(self._config.task.holdout, info)
+
+    # --- the loop -------------------------------------------------------------------------------------------------
+
+    def _turn(self) -> None:
+        now = time.monotonic()
+        due = [self._state_due, *(at for at in (self._rounds.next_wakeup(), self._reception.next_wakeup()) if at is not None)]
+        item = self._inbox.get(max(0.0, min(due) - now))
+        now = time.monotonic()
+        if item is None:
+            self._reception.tick(now)
+            self._feed([Tick()], now)
+        else:
+            self._feed(self._take(item, now), now)
+        if now >= self._state_due:
+            self._publish_state(now)
+
+    def _feed(self, events: list[Event], now: float) -> None:
+        for event in events:
+            self._act(self._rounds.handle(event, now))
+
+    def _take(self, item: object, now: float) -> list[Event]:
+        match item:
+            case Message():
+                return self._message(item, now)
+            case Checked():
+                return self._reception.checked(item, now)
+            case _FoldDone(number, result):
+                self._store.close_round(number, result.seconds)
+                log.info("round_closed", round=number, fold_s=round(result.seconds, 3))
+                return [Folded()]
+            case _EvaluationDone(number, metrics, seconds):
+                return [Evaluated(self._keep_metrics(number, metrics, seconds))]
+            case _WorkFailed(error):
+                raise error
+            case Connected(limits):
+                log.info("broker_connected", protocol=limits.protocol, max_packet_bytes=limits.max_packet_bytes)
+                self._subscribe(now)
+            case Disconnected(reason):
+                log.warning("broker_lost", reason=reason, remedy="reconnecting by itself; the round goes on")
+            case Overflow(dropped):
+                log.warning("inbox_overflowed", dropped=dropped, remedy="agents repeat what was lost")
+                self._subscribe(now)
+            case LinkFailed(error):
+                log.error("link_fault", error=error)
+            case _:
+                raise AssertionError(f"nobody posts {type(item).__name__}")
+        return []
+
+    def _subscribe(self, now: float) -> None:
+        self._link.subscribe(
+            [(self._topics.state("+"), 1), (self._topics.telemetry("+"), 0), (self._topics.up("+"), 1)]
+        )
+        self._publish_state(now)
+        if self._plan is not None:
+            self._link.publish(self._topics.plan, self._plan, qos=1, retain=True)
+        self._seeder.connected()
+
+    def _publish_state(self, now: float) -> None:
+        state = AggregatorState(state="online", session=self._session, run=self._store.run, time=time.time())
+        self._link.publish(self._topics.aggregator, encode_json(state), qos=1, retain=True)
+        self._state_due = now + STATE_INTERVAL_S
+
+    def _message(self, message: Message, now: float) -> list[Event]:
+        chunk = self._topics.parse_object_chunk(message.topic)
+        if chunk is not None:
+            self._seeder.arrived(chunk[0], message.payload)
+            return []
+        topic = self._topics.parse_agent(message.topic)
+        if topic is None:
+            log.debug("topic_ignored", topic=message.topic[:200])
+            return []
+        match topic.kind:
+            case "state" if message.payload:
+                return self._agent_state(topic.agent, message.payload, now)
+            case "offer":
+                return self._reception.message(topic.agent, message.payload, now)
+            case "chunk":
+                self._reception.chunk(topic.agent, topic.sha256, topic.index, message.payload, now)
+            case "telemetry":
+                log.debug("telemetry_received", agent=topic.agent, bytes=len(message.payload))
+        return []
+
+    def _agent_state(self, agent: str, payload: bytes, now: float) -> list[Event]:
+        if self._enrolment.key_of(agent) is None:
+            log.debug("state_ignored", agent=agent, reason="not enrolled")
+            return []
+        try:
+            state = decode_json(payload, AgentState)
+        except PeerError as error:
+            log.warning("refused", agent=agent, code=error.code.value, detail=error.detail)
+            return []
+        if state.state == "offline":
+            if self._sessions.get(agent) != state.session:
+                return []  # the will of an earlier connection, or of an earlier life
+            del self._sessions[agent]
+            self._store.record_agent(agent, state)
+            self._reception.gone(agent, now)
+            log.info("agent_offline", agent=agent)
+            return [AgentOffline(agent)]
+        if self._sessions.get(agent) == state.session:
+            return []
+        self._sessions[agent] = state.session
+        self._store.record_agent(agent, state)
+        capabilities = state.capabilities
+        if capabilities is None or capabilities.device == "none":
+            return []
+        if self._config.encoding not in capabilities.encodings:
+            log.warning("agent_ineligible", agent=agent, reason=f"cannot encode {self._config.encoding!r}: upgrade it")
+            return []
+        log.info("agent_online", agent=agent, device=capabilities.device, samples=capabilities.samples)
+        return [AgentOnline(agent)]
+
+    # --- carrying out ---------------------------------------------------------------------------------------------
+
+    def _act(self, commands: list[Command]) -> None:
+        for command in commands:
+            match command:
+                case OpenCommand():
+                    self._open(command)
+                case Fold(number, agents):
+                    self._fold(number, agents)
+                case Evaluate(number):
+                    self._evaluate(number)
+                case Wait(number, missing):
+                    reason = f"waiting for {missing} more agents" if missing else "waiting for more agents"
+                    log.info("waiting_for_agents", round=number, missing=missing)
+                    self._idle(number, reason, finished=False)
+                case Finish(number, reason):
+                    log.info("run_finished", round=number, reason=reason)
+                    self._idle(number, reason, finished=True)
+
+    def _open(self, command: OpenCommand) -> None:
+        path = self._store.checkpoint_path(command.round - 1)
+        if self._base is None or self._base[0] != path:
+            self._base = path, ref_of_file(path, self._chunk_bytes())
+        base = self._base[1]
+        self._store.open_round(command.round, command.attempt, command.cohort, base.sha256, command.deadline_s)
+        plan = RoundPlan(
+            run=self._store.run,
+            round=command.round,
+            attempt=command.attempt,
+            task=self._task,
+            train=self._config.train,
+            base=base,
+            encoding=self._config.encoding,
+            cohort=command.cohort,
+            deadline_s=max(command.deadline_s, 1.0),
+            issued_at=time.time(),
+            upload_chunk_bytes=self._chunk_bytes(),
+        )
+        _, arrays = read_checkpoint(path)
+        self._reception.open(
+            OpenRound(
+                run=plan.run,
+                round=plan.round,
+                open=True,
+                base=base.sha256,
+                cohort=frozenset(plan.cohort),
+                encoding=plan.encoding,
+                upload_chunk_bytes=plan.upload_chunk_bytes,
+                schema={name: array.shape for name, array in arrays.items()},
+                accepted={agent: update.sha256 for agent, update in self._store.updates(plan.round).items()},
+            )
+        )
+        self._publish_plan(plan)
+        self._seeder.want(path, base)
+        if command.attempt == 1:
+            log.info("round_opened", round=plan.round, cohort=len(plan.cohort), deadline_s=round(plan.deadline_s))
+        else:
+            log.warning(
+                "round_extended",
+                round=plan.round,
+                attempt=plan.attempt,
+                cohort=len(plan.cohort),
+                quorum=self._rounds.quorum,
+                lost="nothing: updates that have arrived stay",
+                remedy="see which agents are missing with `aggregator status`",
+            )
+
+    def _fold(self, number: int, agents: tuple[str, ...]) -> None:
+        self._store.start_folding(number)
+        self._reception.shut()
+        updates = {agent: update for agent, update in self._store.updates(number).items() if agent in agents}
+        info = CheckpointInfo(federation=self._config.federation, round=number, task=self._task)
+        strategy = FedAvg(self._config.rounds.server_learning_rate)
+        self._submit(lambda: _FoldDone(number, fold(self._store, info, updates, self._config.encoding, strategy)))
+
+    def _evaluate(self, number: int) -> None:
+        evaluator = self._evaluator
+        if evaluator is None:
+            self._inbox.post(_EvaluationDone(number, None, 0.0))
+            return
+        path = self._store.checkpoint_path(number)
+        self._submit(lambda: _EvaluationDone(number, *evaluator.evaluate(path)))
+
+    def _keep_metrics(self, number: int, metrics: HoldOutMetrics | None, seconds: float) -> float | None:
+        self._store.prune_checkpoints(self._config.keep_checkpoints)
+        if metrics is None:
+            return None
+        self._store.write_metrics(number, metrics)
+        self._store.record_evaluation(number, metrics.loss, metrics.accuracy, seconds)
+        log.info("round_evaluated", round=number, accuracy=round(metrics.accuracy, 4), loss=round(metrics.loss, 4))
+        return metrics.accuracy
+
+    def _idle(self, number: int, reason: str, *, finished: bool) -> None:
+        self._publish_plan(
+            IdlePlan(run=self._store.run, round=number, finished=finished, reason=reason, issued_at=time.time())
+        )
+
+    def _publish_plan(self, plan: Plan) -> None:
+        self._plan = seal(
+            plan, purpose=Purpose.PLAN, federation=self._config.federation, sender=AGGREGATOR, key=self._key
+        )
+        self._link.publish(self._topics.plan, self._plan, qos=1, retain=True)
+
+    def _chunk_bytes(self) -> int:
+        return min(self._config.broker.chunk_bytes, self._link.limits.max_packet_bytes - PACKET_OVERHEAD_BYTES)
+
+    def _submit(self, work: Callable[[], object]) -> None:
+        def hand_back(done: Future[object]) -> None:
+            if not done.cancelled():
+                error = done.exception()
+                self._inbox.post(_WorkFailed(error) if error is not None else done.result())
+
+        self._executor.submit(work).add_done_callback(hand_back)
