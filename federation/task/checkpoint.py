@@ -17,7 +17,8 @@ from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save
 
 from federation.errors import ConfigError, VerificationError
-from federation.wire.messages import Finite, Name, TaskSpec
+from federation.task.model_card import HoldOutMetrics
+from federation.wire.messages import Name, TaskSpec
 
 FOLDER = "checkpoints"
 """Inside the aggregator's state folder."""
@@ -40,20 +41,6 @@ class CheckpointInfo(Struct, frozen=True, forbid_unknown_fields=True, kw_only=Tr
     federation: Name
     round: Annotated[int, Meta(ge=0, le=1_000_000)]
     task: TaskSpec
-
-
-class HoldOutMetrics(Struct, frozen=True, kw_only=True):
-    """What the aggregator measured on its hold-out set. Fields of later versions are ignored.
-
-    Attributes:
-        loss: Mean cross-entropy, nats.
-        accuracy: Top-1, in [0, 1].
-        samples: Images evaluated.
-    """
-
-    loss: Finite
-    accuracy: Annotated[float, Meta(ge=0, le=1)]
-    samples: Annotated[int, Meta(ge=1)]
 
 
 def checkpoint_bytes(info: CheckpointInfo, arrays: Mapping[str, np.ndarray]) -> bytes:

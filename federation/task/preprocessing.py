@@ -1,8 +1,10 @@
 """From a picture to the array that a model takes: the one recipe, for training and for devices. No torch."""
 
+import os
+from collections.abc import Iterator
+from pathlib import Path
 from typing import Annotated, Literal
 
-import msgspec
 import numpy as np
 from msgspec import Meta, Struct
 from PIL import Image
@@ -12,6 +14,14 @@ from federation.wire.messages import Finite, Positive, TaskSpec
 
 PIXEL_SCALE = 1 / 255
 """Brings 8-bit pixels into [0, 1]."""
+
+IMAGE_SUFFIXES = frozenset(
+    {".bmp", ".gif", ".jpeg", ".jpg", ".pbm", ".pgm", ".png", ".ppm", ".tif", ".tiff", ".webp"}
+)
+"""What is taken for a picture in a folder; a file that is named explicitly may have any name."""
+
+UNREADABLE = (OSError, SyntaxError, ValueError, Image.DecompressionBombError)
+"""What Pillow raises for files that are missing, no picture, damaged, truncated or absurdly large."""
 
 _MODES = {1: "L", 3: "RGB"}
 
@@ -91,15 +101,16 @@ class Preprocessing(Struct, frozen=True, forbid_unknown_fields=True, kw_only=Tru
         return self.normalise(self.pixels(image))
 
 
-def decode_preprocessing(text: str) -> Preprocessing:
-    """Parse the JSON that an exported model carries.
+def find_images(path: Path) -> Iterator[Path]:
+    """Pictures below a folder, depth first, in the order of their names within each folder; or ``path`` itself.
 
-    Raises:
-        ConfigError: If it is not one that this version of fedge can follow.
+    Folders that are symbolic links are not entered: they may lead in a circle.
     """
-    try:
-        return msgspec.json.decode(text, type=Preprocessing)
-    except msgspec.DecodeError as error:
-        raise ConfigError(
-            f"the model's preprocessing cannot be followed ({error}): update fedge here"
-        ) from error
+    if not path.is_dir():
+        yield path
+        return
+    for parent, children, names in os.walk(path):
+        children.sort()
+        yield from (
+            Path(parent, name) for name in sorted(names) if Path(name).suffix.lower() in IMAGE_SUFFIXES
+        )

@@ -10,7 +10,6 @@ from safetensors.numpy import save
 from federation.errors import ConfigError, VerificationError
 from federation.task.checkpoint import (
     CheckpointInfo,
-    HoldOutMetrics,
     checkpoint_bytes,
     checkpoint_path,
     find_checkpoint,
@@ -18,6 +17,7 @@ from federation.task.checkpoint import (
     read_info,
     read_metrics,
 )
+from federation.task.model_card import HoldOutMetrics
 from federation.wire.messages import TaskSpec
 
 INFO = CheckpointInfo(
