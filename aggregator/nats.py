@@ -23,7 +23,7 @@ _WRITE_DEADLINE = "120s"
 """How long one write to a client may block. The default of 10 s throws devices on slow links out in mid-transfer; a
 dead one is noticed by its keepalive long before."""
 
-_MAX_STORE = "8GB"
+_MAX_STORE_BYTES = 8 << 30
 """Retained messages and queues on disk: two generations of the largest object several times over, and a bound on what
 a misbehaving device can fill."""
 
@@ -101,7 +101,7 @@ def server_conf(
         "logfile_max_num": _LOG_FILES,
         "max_payload": max_packet_bytes + _PAYLOAD_MARGIN_BYTES,
         "write_deadline": _WRITE_DEADLINE,
-        "jetstream": {"store_dir": str(folder), "max_file_store": _MAX_STORE},
+        "jetstream": {"store_dir": str(folder), "max_file_store": _MAX_STORE_BYTES},
         "mqtt": mqtt,
     }
     lines = [f'include "{accounts}"', *(f"{name}: {_value(value)}" for name, value in settings.items())]
