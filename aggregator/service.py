@@ -52,6 +52,7 @@ from federation.wire.messages import (
     Plan,
     RoundPlan,
     TaskSpec,
+    Telemetry,
     decode_json,
     encode_json,
 )
@@ -273,8 +274,17 @@ class Service:
             case "chunk":
                 self._reception.chunk(topic.agent, topic.sha256, topic.index, message.payload, now)
             case "telemetry":
-                log.debug("telemetry_received", agent=topic.agent, bytes=len(message.payload))
+                self._telemetry(topic.agent, message.payload)
         return []
+
+    def _telemetry(self, agent: str, payload: bytes) -> None:
+        try:
+            telemetry = decode_json(payload, Telemetry)
+        except PeerError as error:
+            log.debug("telemetry_refused", agent=agent, detail=error.detail)
+            return
+        if self._sessions.get(agent) == telemetry.session:
+            self._store.record_telemetry(agent, telemetry)
 
     def _agent_state(self, agent: str, payload: bytes, now: float) -> list[Event]:
         if self._enrolment.key_of(agent) is None:

@@ -30,7 +30,7 @@ import msgspec
 from federation.errors import ConfigError, Rejection
 from federation.files import disk_error, sync_folder, write_whole
 from federation.task.checkpoint import FOLDER, HoldOutMetrics, checkpoint_path
-from federation.wire.messages import AgentState, Capabilities, TrainMetrics, UpdateOffer
+from federation.wire.messages import AgentState, Capabilities, Telemetry, TrainMetrics, UpdateOffer
 
 SCHEMA_VERSION = 1
 
@@ -46,7 +46,8 @@ CREATE TABLE IF NOT EXISTS updates (
     metrics TEXT NOT NULL, stored_at REAL NOT NULL, PRIMARY KEY (round, agent)
 ) STRICT;
 CREATE TABLE IF NOT EXISTS agents (
-    agent TEXT PRIMARY KEY, online INTEGER NOT NULL, session TEXT NOT NULL, capabilities TEXT NOT NULL, changed_at REAL NOT NULL
+    agent TEXT PRIMARY KEY, online INTEGER NOT NULL, session TEXT NOT NULL, capabilities TEXT NOT NULL,
+    changed_at REAL NOT NULL, telemetry TEXT NOT NULL DEFAULT ''
 ) STRICT;
 CREATE TABLE IF NOT EXISTS refusals (
     id INTEGER PRIMARY KEY, round INTEGER NOT NULL, agent TEXT NOT NULL, code TEXT NOT NULL, detail TEXT NOT NULL, at REAL NOT NULL
@@ -122,6 +123,7 @@ class StoredAgent:
         session: Of that birth or death.
         capabilities: From the last birth; None before the first.
         changed_at: Unix seconds of the last change.
+        telemetry: Its last health report, if any.
     """
 
     agent: str
@@ -129,6 +131,7 @@ class StoredAgent:
     session: str
     capabilities: Capabilities | None
     changed_at: float
+    telemetry: Telemetry | None
 
 
 class Store:
@@ -371,10 +374,17 @@ class Store:
         capabilities = "" if state.capabilities is None else msgspec.json.encode(state.capabilities).decode()
         with self._transaction() as db:
             db.execute(
-                "INSERT INTO agents VALUES (?, ?, ?, ?, ?) ON CONFLICT (agent) DO UPDATE SET online = excluded.online, "
+                "INSERT INTO agents (agent, online, session, capabilities, changed_at) VALUES (?, ?, ?, ?, ?) ON CONFLICT (agent) DO UPDATE SET online = excluded.online, "
                 "session = excluded.session, changed_at = excluded.changed_at, "
                 "capabilities = CASE excluded.capabilities WHEN '' THEN capabilities ELSE excluded.capabilities END",
                 (agent, state.state == "online", state.session, capabilities, time.time()),
+            )
+
+    def record_telemetry(self, agent: str, telemetry: Telemetry) -> None:
+        """Keep an agent's last health report."""
+        with self._transaction() as db:
+            db.execute(
+                "UPDATE agents SET telemetry = ? WHERE agent = ?", (msgspec.json.encode(telemetry).decode(), agent)
             )
 
     def forget_presence(self) -> None:
@@ -384,12 +394,19 @@ class Store:
 
     def agents(self) -> list[StoredAgent]:
         """All agents that ever announced themselves, by name."""
-        rows = self._db.execute("SELECT agent, online, session, capabilities, changed_at FROM agents ORDER BY agent")
+        rows = self._db.execute(
+            "SELECT agent, online, session, capabilities, changed_at, telemetry FROM agents ORDER BY agent"
+        )
         return [
             StoredAgent(
-                agent, bool(online), session, msgspec.json.decode(text, type=Capabilities) if text else None, changed_at
+                agent,
+                bool(online),
+                session,
+                msgspec.json.decode(text, type=Capabilities) if text else None,
+                changed_at,
+                msgspec.json.decode(telemetry, type=Telemetry) if telemetry else None,
             )
-            for agent, online, session, text, changed_at in rows
+            for agent, online, session, text, changed_at, telemetry in rows
         ]
 
     def record_refusal(self, number: int, agent: str, code: Rejection, detail: str) -> None:

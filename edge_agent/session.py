@@ -128,7 +128,7 @@ class SendOffer:
 class SendChunks:
     """Publish these chunks of the update."""
 
-    sha256: str
+    offer: UpdateOffer
     indices: tuple[int, ...]
 
 
@@ -210,16 +210,16 @@ class Session:
                 self._done = plan.run, plan.round
                 self._rest()
                 return [SendDecline(plan.run, plan.round, reason)]
-            case CreditArrived(credit) if self._upload is not None:
+            case CreditArrived(credit) if self._upload is not None and self._pending is not None:
                 self._unanswered = 0
-                indices = self._upload.credit(credit)
-                return [SendChunks(credit.sha256, indices)] if indices else []
+                return [SendChunks(self._pending, self._upload.credit(credit))]
             case ReceiptArrived(receipt):
                 return self._receipt_arrived(receipt)
-            case LinkUp() if self.phase is Phase.DELIVERING:
-                return self._offer()
-            case Tick() if self._upload is not None and self._upload.due(now):
-                return self._offer()
+            case LinkUp() if self._upload is not None:
+                self._upload.reconnected()
+                return self._offer_if_due(now)
+            case Tick():
+                return self._offer_if_due(now)
             case _:
                 return []
 
@@ -272,11 +272,12 @@ class Session:
         self.phase = Phase.DELIVERING
         self._pending = offer
         self._upload = Upload(offer.object)
-        self._upload.due(now)  # arms the timer: the first offer goes out now
         self._unanswered = 0
-        return self._offer()
+        return self._offer_if_due(now)
 
-    def _offer(self) -> list[Command]:
+    def _offer_if_due(self, now: float) -> list[Command]:
+        if self._upload is None or not self._upload.due(now):
+            return []
         command = SendOffer(self._unanswered)
         self._unanswered += 1
         return [command]

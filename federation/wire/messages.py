@@ -281,6 +281,30 @@ class Capabilities(Wire, frozen=True):
     platform: Annotated[str, Meta(max_length=200)]
 
 
+class Telemetry(Wire, frozen=True):
+    """How a device is (JSON, not retained, rate-limited by the agent).
+
+    Attributes:
+        session: Of the agent's process.
+        phase: ``idle``, ``fetching``, ``training`` or ``delivering``.
+        uptime_s: Of the agent's process.
+        cpu_percent: Of the whole device since the last report, 0-100.
+        process_mb: Resident memory of the agent, MiB.
+        available_mb: Memory that the device has left, MiB.
+        disk_free_mb: On the disk that holds the agent's state, MiB.
+        temperature_c: Hottest sensor; None where the device has none.
+    """
+
+    session: SessionId
+    phase: Annotated[str, Meta(max_length=32)]
+    uptime_s: NonNegative
+    cpu_percent: NonNegative
+    process_mb: NonNegative
+    available_mb: NonNegative
+    disk_free_mb: NonNegative
+    temperature_c: Finite | None = None
+
+
 class AgentState(Wire, frozen=True):
     """An agent's birth or death (JSON, retained; the death is its last will).
 

@@ -307,6 +307,10 @@ class Upload:
         self._interval_s = min(2 * self._interval_s, MAX_RETRY_S)
         return True
 
+    def next_wakeup(self) -> float:
+        """When :meth:`due` may next be true, monotonic seconds."""
+        return self._next if self._offered else 0.0
+
     def reconnected(self) -> None:
         """Make the offer due at once: the last one, or its answer, may be lost with the link."""
         self._interval_s = _FIRST_OFFER_RETRY_S

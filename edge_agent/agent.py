@@ -1,0 +1,401 @@
+"""The daemon: one loop between the link, the session's state table and the training thread.
+
+The network thread only fills the inbox; training, encoding and signing run in one worker thread, so that pings go out
+while torch computes. Every decision is taken in the loop.
+"""
+
+import secrets
+import signal
+import time
+from collections.abc import Callable, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from threading import Event as Flag
+from types import FrameType
+from typing import Protocol, TypeVar
+
+import msgspec
+import numpy as np
+import structlog
+from numpy.typing import NDArray
+
+from edge_agent.fetching import ModelCache
+from edge_agent.outbox import Outbox
+from edge_agent.session import (
+    Abandon,
+    BaseReady,
+    Command,
+    CreditArrived,
+    Event,
+    Fetch,
+    ForgetUpdate,
+    LinkUp,
+    PlanArrived,
+    ReceiptArrived,
+    Remember,
+    SendChunks,
+    SendDecline,
+    SendOffer,
+    Session,
+    Tick,
+    Train,
+    UpdateReady,
+    WorkFailed,
+)
+from edge_agent.telemetry import Health
+from edge_agent.training import Cancelled, Trained, round_seed
+from federation.bundle import Bundle, address
+from federation.errors import BrokerRefusedError, ConfigError, FedgeError, PeerError, TransportError
+from federation.files import write_whole
+from federation.task.checkpoint import read_checkpoint
+from federation.wire.link import Connected, Disconnected, Inbox, Link, LinkFailed, Message, Overflow, Will
+from federation.wire.messages import (
+    AgentState,
+    Capabilities,
+    Credit,
+    Decline,
+    IdlePlan,
+    Plan,
+    Receipt,
+    RoundPlan,
+    UpdateOffer,
+    decode_json,
+    decode_msgpack,
+    encode_json,
+)
+from federation.wire.signing import AGGREGATOR, Purpose, private_key, public_key, seal, unseal
+from federation.wire.topics import AgentTopic, Topics
+
+T = TypeVar("T")
+
+log = structlog.get_logger()
+
+PACKET_OVERHEAD_BYTES = 1024
+"""Room for topic and headers when a chunk is fitted into the broker's largest packet."""
+
+UNANSWERED_WARNING = 3
+"""Offers without an answer after which the operator is told."""
+
+
+class Trainer(Protocol):
+    """What the agent needs of a trainer; :class:`edge_agent.training.TorchTrainer` is one."""
+
+    def train(
+        self, base: Mapping[str, NDArray[np.float32]], plan: RoundPlan, agent: str, cancelled: Callable[[], bool]
+    ) -> Trained:
+        """Train on ``base``; raises :class:`Cancelled` soon after ``cancelled()`` turns true."""
+        ...
+
+
+class _Progress(msgspec.Struct, frozen=True):
+    """The newest plan that this device has seen."""
+
+    run: str
+    round: int
+
+
+@dataclass(frozen=True, slots=True)
+class Options:
+    """Settings of the daemon.
+
+    Attributes:
+        state_dir: Identity-independent state: outbox, base model, progress.
+        telemetry_s: Seconds between health reports; 0 sends none.
+        give_up_after_s: Seconds after which the first connect fails for good; 0 tries for ever.
+        plugins: Plug-in models (``package.module:factory``) that a plan may name.
+    """
+
+    state_dir: Path
+    telemetry_s: float = 60.0
+    give_up_after_s: float = 0.0
+    plugins: frozenset[str] = frozenset()
+
+
+class Agent:
+    """One device in one federation.
+
+    Args:
+        bundle: Identity and broker account.
+        capabilities: What goes into the birth.
+        trainer: Trains.
+        options: Settings.
+    """
+
+    def __init__(self, bundle: Bundle, capabilities: Capabilities, trainer: Trainer, options: Options) -> None:
+        self._bundle, self._trainer, self._options = bundle, trainer, options
+        self._topics = Topics(bundle.federation)
+        self._name = bundle.agent
+        self._key = private_key(bundle.private_key)
+        self._aggregator_key = public_key(bundle.aggregator_key)
+        self._session_id = secrets.token_hex(8)
+        options.state_dir.mkdir(parents=True, exist_ok=True)
+        self._progress_path = options.state_dir / "progress.json"
+        self._birth = encode_json(AgentState(state="online", session=self._session_id, capabilities=capabilities))
+        self._death = encode_json(AgentState(state="offline", session=self._session_id))
+        self._inbox = Inbox()
+        self._link = Link(
+            address(bundle),
+            f"{bundle.federation}-{self._name}-{self._session_id}",
+            on_event=self._inbox.put,
+            will=Will(self._topics.state(self._name), self._death),
+        )
+        self._cache = ModelCache(
+            options.state_dir / "objects", self._link, self._topics, lambda sha256: self._inbox.post(BaseReady(sha256))
+        )
+        self._outbox = Outbox(
+            options.state_dir / "outbox", federation=bundle.federation, agent=self._name, key=self._key
+        )
+        self._session = Session(self._name, seen=self._read_progress(), pending=self._outbox.pending())
+        self._health = Health(self._session_id, options.state_dir)
+        self._health_due = time.monotonic()
+        self._worker = ThreadPoolExecutor(1, thread_name_prefix="trainer")
+        self._cancel = Flag()
+        self._stopping = False
+        self._ever_connected = False
+
+    def run(self) -> None:
+        """Serve until SIGTERM or SIGINT.
+
+        Raises:
+            TransportError: If the broker refuses, or cannot be reached within ``give_up_after_s``.
+            ConfigError: If another process runs under this identity, or the disk is full.
+        """
+        for number in (signal.SIGTERM, signal.SIGINT):
+            signal.signal(number, self._on_signal)
+        self._link.start()
+        goodbye = [(self._topics.state(self._name), self._death, 1, True)]
+        try:
+            if self._options.give_up_after_s:
+                self._link.wait_connected(self._options.give_up_after_s)
+            while not self._stopping:
+                self._turn()
+        except _TakenOverError:
+            goodbye = []  # the state topic belongs to the other process now
+            raise
+        finally:
+            self._cancel.set()
+            self._worker.shutdown(cancel_futures=True)
+            self._link.stop(goodbye)
+
+    def _on_signal(self, number: int, _frame: FrameType | None) -> None:
+        log.info("stop_requested", signal=signal.Signals(number).name)
+        self._stopping = True
+        self._inbox.wake()
+
+    # --- the loop -------------------------------------------------------------------------------------------------
+
+    def _turn(self) -> None:
+        now = time.monotonic()
+        wakeups = (self._session.next_wakeup(), self._cache.next_wakeup(), self._health_wakeup())
+        due = [at for at in wakeups if at is not None]
+        item = self._inbox.get(max(0.0, min(due) - now) if due else None)
+        now = time.monotonic()
+        if item is None:
+            self._cache.tick(now)
+            self._feed(Tick(), now)
+        else:
+            self._take(item, now)
+        wakeup = self._health_wakeup()
+        if wakeup is not None and now >= wakeup:
+            self._health_due = now + self._options.telemetry_s
+            report = self._health.report(self._session.phase.value)
+            self._link.publish(self._topics.telemetry(self._name), encode_json(report), qos=0)
+
+    def _health_wakeup(self) -> float | None:
+        return self._health_due if self._options.telemetry_s and self._link.connected else None
+
+    def _take(self, item: object, now: float) -> None:
+        match item:
+            case Message():
+                self._message(item, now)
+            case BaseReady() | UpdateReady() | WorkFailed():
+                self._feed(item, now)
+            case Connected(limits):
+                self._ever_connected = True
+                log.info("broker_connected", broker=self._bundle.broker, protocol=limits.protocol)
+                self._subscribe()
+                self._cache.reconnected(now)
+                self._feed(LinkUp(), now)
+            case Disconnected(reason, refused):
+                if refused and not self._ever_connected:
+                    raise BrokerRefusedError(reason)
+                log.warning("broker_lost", reason=reason, remedy="reconnecting by itself; work goes on")
+            case Overflow(dropped):
+                log.warning("inbox_overflowed", dropped=dropped, remedy="what was lost is asked for again")
+                self._subscribe()
+            case LinkFailed(error):
+                log.error("link_fault", error=error)
+            case BaseException():
+                raise item
+            case _:
+                raise AssertionError(f"nobody posts {type(item).__name__}")
+
+    def _subscribe(self) -> None:
+        state = self._topics.state(self._name)
+        self._link.publish(state, self._birth, qos=1, retain=True)
+        # The state after the birth, so that what comes back is the birth itself or the word of another process.
+        self._link.subscribe([(self._topics.down(self._name), 1), (state, 1), (self._topics.plan, 1)])
+
+    def _message(self, message: Message, now: float) -> None:
+        chunk = self._topics.parse_object_chunk(message.topic)
+        if chunk is not None:
+            self._cache.chunk(*chunk, message.payload, now)
+            return
+        try:
+            event = self._read(message)
+            if event is not None:
+                self._feed(event, now)
+        except PeerError as error:
+            log.warning(
+                "message_refused",
+                topic=message.topic[:200],
+                code=error.code.value,
+                detail=error.detail,
+                remedy="if the aggregator was set up anew, enrol this device again",
+            )
+
+    def _read(self, message: Message) -> Event | None:
+        if message.topic == self._topics.plan:
+            plan: Plan = self._unseal(message.payload, RoundPlan | IdlePlan, Purpose.PLAN)  # type: ignore[arg-type]
+            return PlanArrived(plan)
+        match self._topics.parse_agent(message.topic):
+            case AgentTopic(self._name, "credit"):
+                return CreditArrived(decode_msgpack(message.payload, Credit))
+            case AgentTopic(self._name, "receipt"):
+                return ReceiptArrived(self._unseal(message.payload, Receipt, Purpose.RECEIPT))
+            case AgentTopic(self._name, "state") if message.payload:
+                self._own_state(decode_json(message.payload, AgentState))
+        return None
+
+    def _unseal(self, payload: bytes, kind: type[T], purpose: Purpose) -> T:
+        return unseal(
+            payload,
+            kind,
+            purpose=purpose,
+            federation=self._bundle.federation,
+            sender=AGGREGATOR,
+            key=self._aggregator_key,
+        )
+
+    def _own_state(self, state: AgentState) -> None:
+        if state.state == "offline":
+            # The will of a lost connection, or of an earlier life, came after the birth.
+            self._link.publish(self._topics.state(self._name), self._birth, qos=1, retain=True)
+        elif state.session != self._session_id:
+            raise _TakenOverError(
+                f"another process runs as {self._name!r} in federation {self._bundle.federation!r}: this one stops. "
+                "Enrol every device under a name of its own, and start one agent per bundle"
+            )
+
+    # --- carrying out ---------------------------------------------------------------------------------------------
+
+    def _feed(self, event: Event, now: float) -> None:
+        for command in self._session.handle(event, now):
+            self._carry_out(command, now)
+
+    def _carry_out(self, command: Command, now: float) -> None:
+        match command:
+            case Fetch(ref):
+                self._cache.fetch(ref, now)
+            case Train(plan):
+                self._start_training(plan)
+            case Abandon(reason):
+                log.info("round_abandoned", reason=reason)
+                self._cancel.set()
+                self._cache.abandon()
+            case SendOffer(unanswered):
+                self._send_offer(unanswered)
+            case SendChunks(offer, indices):
+                self._send_chunks(offer, indices)
+            case SendDecline(run, number, reason):
+                log.error("round_declined", round=number, reason=reason)
+                self._send_signed(Decline(run=run, round=number, reason=reason[:1000]))
+            case ForgetUpdate(accepted, reason):
+                report = log.info if accepted else log.warning
+                report("update_accepted" if accepted else "update_dropped", reason=reason)
+                self._outbox.clear()
+            case Remember(run, number):
+                write_whole(self._progress_path, msgspec.json.encode(_Progress(run, number)))
+
+    def _start_training(self, plan: RoundPlan) -> None:
+        self._cancel = Flag()
+        cancel = self._cancel
+        log.info("training_started", round=plan.round, model=plan.task.model, epochs=plan.train.epochs)
+        self._worker.submit(self._work, plan, cancel)
+
+    def _work(self, plan: RoundPlan, cancel: Flag) -> None:
+        """Runs in the worker thread: whatever happens here ends as an event in the inbox."""
+        try:
+            self._inbox.post(UpdateReady(self._train(plan, cancel)))
+        except Cancelled:
+            log.info("training_cancelled", round=plan.round)
+        except FedgeError as error:
+            self._inbox.post(WorkFailed(plan.round, str(error)))
+        except BaseException as error:  # noqa: BLE001: a defect must end the process in the loop, not vanish in a thread
+            self._inbox.post(error)
+
+    def _train(self, plan: RoundPlan, cancel: Flag) -> UpdateOffer:
+        if ":" in plan.task.model and plan.task.model not in self._options.plugins:
+            raise ConfigError(
+                f"the plan asks for the plug-in model {plan.task.model!r}, which this device does not allow: "
+                f"start it with --allow-model {plan.task.model}"
+            )
+        _, base = read_checkpoint(self._cache.path(plan.base.sha256))
+        trained = self._trainer.train(base, plan, self._name, cancel.is_set)
+        log.info(
+            "training_done",
+            round=plan.round,
+            samples=trained.samples,
+            loss=round(trained.metrics.loss, 4),
+            train_s=round(trained.metrics.train_s, 2),
+        )
+        del base
+        chunk_bytes = min(plan.upload_chunk_bytes, self._link.limits.max_packet_bytes - PACKET_OVERHEAD_BYTES)
+        return self._outbox.put(
+            plan,
+            trained.delta,
+            samples=trained.samples,
+            metrics=trained.metrics,
+            rng=np.random.default_rng(round_seed(plan, self._name)),
+            chunk_bytes=chunk_bytes,
+        )
+
+    def _send_offer(self, unanswered: int) -> None:
+        if unanswered == UNANSWERED_WARNING:
+            log.warning(
+                "offer_unanswered",
+                offers=unanswered,
+                remedy="is the aggregator up, and this device still enrolled? the update stays on disk until it answers",
+            )
+        self._publish(self._topics.offer(self._name), self._outbox.sealed_offer(), qos=1)
+
+    def _send_chunks(self, offer: UpdateOffer, indices: tuple[int, ...]) -> None:
+        for index in indices:
+            topic = self._topics.upload_chunk(self._name, offer.object.sha256, index)
+            self._publish(topic, self._outbox.chunk(offer, index), qos=0)
+
+    def _send_signed(self, message: Decline) -> None:
+        sealed = seal(
+            message, purpose=Purpose.AGENT, federation=self._bundle.federation, sender=self._name, key=self._key
+        )
+        self._publish(self._topics.offer(self._name), sealed, qos=1)
+
+    def _publish(self, topic: str, payload: bytes, *, qos: int) -> None:
+        try:
+            self._link.publish(topic, payload, qos=qos)  # unsent while offline: offered again after the connect
+        except TransportError as error:
+            log.error("send_failed", topic=topic, reason=str(error))
+
+    def _read_progress(self) -> tuple[str, int]:
+        try:
+            progress = msgspec.json.decode(self._progress_path.read_bytes(), type=_Progress)
+        except FileNotFoundError:
+            return "", 0
+        except msgspec.DecodeError as error:
+            raise ConfigError(f"{self._progress_path} is damaged ({error}): delete it") from error
+        return progress.run, progress.round
+
+
+class _TakenOverError(ConfigError):
+    """Another process announced itself under this agent's name."""

@@ -1,0 +1,112 @@
+"""The update on its way out: encoded, signed, on disk until the aggregator's receipt says that it is safe there.
+
+::
+
+    STATE/outbox/update    the encoded delta
+    STATE/outbox/offer     the signed offer; written last: without it the update is a leftover
+"""
+
+from collections.abc import Mapping
+from pathlib import Path
+
+import numpy as np
+from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
+from numpy.typing import NDArray
+
+from federation.errors import PeerError
+from federation.files import write_whole
+from federation.wire.codec import encode
+from federation.wire.messages import RoundPlan, TrainMetrics, UpdateOffer
+from federation.wire.objects import read_chunk
+from federation.wire.signing import Purpose, seal, unseal
+from federation.wire.transfer import make_ref
+
+
+class Outbox:
+    """Holds at most one update.
+
+    Args:
+        folder: ``STATE/outbox``; created.
+        federation: Goes into the signature.
+        agent: Who signs.
+        key: With which.
+    """
+
+    def __init__(self, folder: Path, *, federation: str, agent: str, key: Ed25519PrivateKey) -> None:
+        folder.mkdir(parents=True, exist_ok=True)
+        self._update, self._offer = folder / "update", folder / "offer"
+        self._federation, self._agent, self._key = federation, agent, key
+
+    def put(
+        self,
+        plan: RoundPlan,
+        delta: Mapping[str, NDArray[np.float32]],
+        *,
+        samples: int,
+        metrics: TrainMetrics,
+        rng: np.random.Generator,
+        chunk_bytes: int,
+    ) -> UpdateOffer:
+        """Encode, sign and store an update.
+
+        Args:
+            plan: The round that it is for.
+            delta: New minus base model, float32.
+            samples: Its weight.
+            metrics: Of the training.
+            rng: Drives stochastic rounding.
+            chunk_bytes: Into which it is cut.
+
+        Returns:
+            The offer that was signed.
+
+        Raises:
+            ConfigError: If the disk is full, or the delta cannot be encoded.
+        """
+        self.clear()
+        data = encode(delta, plan.encoding, rng)
+        offer = UpdateOffer(
+            run=plan.run,
+            round=plan.round,
+            base=plan.base.sha256,
+            object=make_ref(data, chunk_bytes),
+            encoding=plan.encoding,
+            samples=samples,
+            metrics=metrics,
+        )
+        sealed = seal(
+            offer, purpose=Purpose.AGENT, federation=self._federation, sender=self._agent, key=self._key
+        )
+        write_whole(self._update, data)
+        write_whole(self._offer, sealed)
+        return offer
+
+    def pending(self) -> UpdateOffer | None:
+        """The update that an earlier process left here, if it is whole; a damaged one is deleted."""
+        if not self._offer.exists():
+            return None
+        try:
+            return unseal(
+                self.sealed_offer(),
+                UpdateOffer,
+                purpose=Purpose.AGENT,
+                federation=self._federation,
+                sender=self._agent,
+                key=self._key.public_key(),
+            )
+        except PeerError:  # written by an earlier identity of this device, or by another version
+            self.clear()
+            return None
+
+    def sealed_offer(self) -> bytes:
+        """The signed offer, ready to publish."""
+        return self._offer.read_bytes()
+
+    def chunk(self, offer: UpdateOffer, index: int) -> bytes:
+        """One chunk of the update."""
+        return read_chunk(self._update, offer.object, index)
+
+    def clear(self) -> None:
+        """Forget the update."""
+        self._offer.unlink(missing_ok=True)
+        self._update.unlink(missing_ok=True)
