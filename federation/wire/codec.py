@@ -1,0 +1,254 @@
+"""Tensors to bytes and back: the frame around the encodings of ``federation.wire.encodings``.
+
+A frame is::
+
+    4 bytes   magic "fdge"
+    2 bytes   version, little-endian
+    2 bytes   zero
+    4 bytes   length of the header, little-endian
+    header    msgpack: the encoding's name and, per tensor, name, shape, scheme, parameters, length of its blob
+    blobs     one per tensor in the header's order, each starting at a multiple of 8, gaps zero, nothing after the last
+
+The receiver knows the schema (names, shapes and order of the tensors) from the model and trusts nothing else: every
+length is compared with what the schema allows before anything is allocated.
+"""
+
+import struct
+from collections.abc import Mapping
+from math import prod
+from typing import Annotated, Final, TypeAlias
+
+import msgspec
+import numpy as np
+from msgspec import Meta
+from numpy.typing import NDArray
+
+from federation.errors import ConfigError, PeerError, Rejection
+from federation.wire.encodings import ENCODINGS, RAW, Encoding, encoding_named
+from federation.wire.messages import decode_msgpack
+
+Schema: TypeAlias = Mapping[str, tuple[int, ...]]
+"""Shape of each tensor by its name, in order."""
+
+VERSION: Final = 1
+
+_MAGIC: Final = b"fdge"
+_PREFIX: Final = struct.Struct("<4sHHI")
+_ALIGNMENT: Final = 8
+_PARAMETER_BYTES: Final = 9
+"""A float in msgpack."""
+
+MAX_MAGNITUDE: Final = 2.0**100
+"""Larger values are no update but a training that diverged; below it no encoding can overflow by its rounding."""
+
+_MAX_ARRAY_GROWTH: Final = 4
+"""How much longer the prefix of a long msgpack array is than that of an empty one."""
+
+_NAMES_SHOWN: Final = 3
+
+
+class _Entry(msgspec.Struct, frozen=True, forbid_unknown_fields=True, array_like=True):
+    """One tensor in the header."""
+
+    name: Annotated[str, Meta(max_length=512)]
+    shape: Annotated[tuple[Annotated[int, Meta(ge=0, le=2**40)], ...], Meta(max_length=32)]
+    scheme: Annotated[str, Meta(max_length=64)]
+    parameters: Annotated[tuple[float, ...], Meta(max_length=16)]
+    length: Annotated[int, Meta(ge=0, le=2**48)]
+
+
+class _Header(msgspec.Struct, frozen=True, forbid_unknown_fields=True, array_like=True):
+    """What stands before the blobs."""
+
+    encoding: Annotated[str, Meta(max_length=64)]
+    tensors: Annotated[tuple[_Entry, ...], Meta(max_length=65536)]
+
+
+def schema_of(arrays: Mapping[str, NDArray[np.float32]]) -> Schema:
+    """The schema that ``arrays`` have."""
+    return {name: array.shape for name, array in arrays.items()}
+
+
+def encode(delta: Mapping[str, NDArray[np.float32]], encoding: str, rng: np.random.Generator) -> bytes:
+    """Write tensors as one frame. A tensor that the encoding would not make smaller is sent as it is.
+
+    Args:
+        delta: Tensors of any shape (0-d and empty ones too), float32.
+        encoding: A name in ``ENCODINGS``.
+        rng: For stochastic rounding. Seed it from the operating system where privacy depends on it.
+
+    Returns:
+        The frame, at most ``max_encoded_bytes(schema_of(delta), encoding)`` bytes.
+
+    Raises:
+        ConfigError: If the encoding is unknown, a tensor is not float32, or a value is NaN, infinite or beyond
+            ``MAX_MAGNITUDE``: local training diverged, which the device's operator must hear about.
+    """
+    chosen = encoding_named(encoding)
+    entries, blobs = [], []
+    for name, array in delta.items():
+        entry, blob = _encode_tensor(name, array, chosen, rng)
+        entries.append(entry)
+        blobs.append(blob)
+    header = msgspec.msgpack.encode(_Header(encoding, tuple(entries)))
+    parts: list[bytes | memoryview] = [_PREFIX.pack(_MAGIC, VERSION, 0, len(header)), header]
+    end = _PREFIX.size + len(header)
+    for entry, blob in zip(entries, blobs, strict=True):
+        if entry.length:
+            parts += [bytes(_aligned(end) - end), blob]
+            end = _aligned(end) + entry.length
+    return b"".join(parts)
+
+
+def decode(data: bytes | memoryview, schema: Schema, encoding: str) -> dict[str, NDArray[np.float32]]:
+    """Read a foreign frame.
+
+    Args:
+        data: The frame, from anywhere.
+        schema: The tensors that it must hold, in this order.
+        encoding: The encoding that it must be in.
+
+    Returns:
+        The tensors in the schema's order. Those sent as float32 are views into ``data``, read-only if it is.
+
+    Raises:
+        PeerError: ``malformed``, ``wrong_length``, ``wrong_encoding``, ``missing_tensor``, ``extra_tensor``,
+            ``wrong_shape`` or ``non_finite``; nothing else, whatever the bytes.
+    """
+    if encoding not in ENCODINGS:
+        raise PeerError(Rejection.WRONG_ENCODING, f"encoding {encoding[:64]!r} is not known here")
+    view = memoryview(data).cast("B")
+    header, end = _read_header(view, schema, ENCODINGS[encoding])
+    tensors: dict[str, NDArray[np.float32]] = {}
+    for entry in header.tensors:
+        start = _aligned(end) if entry.length else end
+        if start + entry.length > len(view):
+            raise PeerError(
+                Rejection.WRONG_LENGTH, f"tensor {entry.name!r} ends beyond the {len(view)} bytes"
+            )
+        if any(view[end:start]):
+            raise PeerError(Rejection.MALFORMED, f"the gap before tensor {entry.name!r} is not zero")
+        end = start + entry.length
+        try:
+            tensors[entry.name] = _decode_tensor(entry, view[start:end])
+        except PeerError as error:
+            raise PeerError(error.code, f"tensor {entry.name!r}: {error.detail}") from error
+    if end != len(view):
+        raise PeerError(Rejection.WRONG_LENGTH, f"{len(view) - end} bytes after the last tensor")
+    return tensors
+
+
+def max_encoded_bytes(schema: Schema, encoding: str) -> int:
+    """Upper bound of a frame's length, to refuse a lying length before a byte is received.
+
+    Raises:
+        ConfigError: If the encoding is unknown.
+    """
+    chosen = encoding_named(encoding)
+    total = _PREFIX.size + _ALIGNMENT - 1 + len(msgspec.msgpack.encode(_Header(chosen.name, ())))
+    total += _MAX_ARRAY_GROWTH
+    for name, shape in schema.items():
+        total += max(
+            len(msgspec.msgpack.encode(entry)) + _aligned(entry.length)
+            for entry in _longest_entries(name, shape, chosen)
+        )
+    return total
+
+
+def _encode_tensor(
+    name: str, array: NDArray[np.float32], encoding: Encoding, rng: np.random.Generator
+) -> tuple[_Entry, memoryview]:
+    if array.dtype != np.float32:
+        raise ConfigError(f"tensor {name!r} is {array.dtype}, only float32 is sent: exclude or convert it")
+    values = np.ascontiguousarray(array).reshape(-1)
+    raw = _Entry(name, array.shape, RAW, (), values.nbytes)
+    if not values.size:
+        return raw, values.data
+    peak = max(float(values.max()), -float(values.min()))
+    if not peak <= MAX_MAGNITUDE:  # also true for NaN
+        raise ConfigError(
+            f"tensor {name!r} holds NaN, infinity or a value beyond {MAX_MAGNITUDE:.0e}: training diverged, lower"
+            " learning_rate or check the data"
+        )
+    parameters, blob = encoding.encode(values, peak, rng)
+    coded = _Entry(name, array.shape, encoding.name, parameters, blob.nbytes)
+    return (raw, values.data) if _cost(raw) <= _cost(coded) else (coded, blob)
+
+
+def _decode_tensor(entry: _Entry, blob: memoryview) -> NDArray[np.float32]:
+    count = prod(entry.shape)
+    if not count:
+        return np.zeros(entry.shape, dtype=np.float32)
+    return ENCODINGS[entry.scheme].decode(blob, entry.parameters, count).reshape(entry.shape)
+
+
+def _read_header(view: memoryview, schema: Schema, encoding: Encoding) -> tuple[_Header, int]:
+    """Parse and check all that stands before the blobs; return it and where it ends."""
+    limit = max_encoded_bytes(schema, encoding.name)
+    if not _PREFIX.size <= len(view) <= limit:
+        raise PeerError(Rejection.WRONG_LENGTH, f"a frame of {len(view)} bytes, at most {limit} are possible")
+    magic, version, zero, length = _PREFIX.unpack_from(view)
+    if (magic, version, zero) != (_MAGIC, VERSION, 0):
+        raise PeerError(Rejection.MALFORMED, f"not a frame of version {VERSION}")
+    end = _PREFIX.size + length
+    longest = _PREFIX.size + _max_header_bytes(schema, encoding)
+    if end > min(longest, len(view)):
+        raise PeerError(Rejection.WRONG_LENGTH, f"a header of {length} bytes in a frame of {len(view)}")
+    header = decode_msgpack(bytes(view[_PREFIX.size : end]), _Header)
+    if header.encoding != encoding.name:
+        raise PeerError(Rejection.WRONG_ENCODING, f"encoded as {header.encoding!r}, not {encoding.name!r}")
+    _check_tensors(header, schema, encoding)
+    return header, end
+
+
+def _check_tensors(header: _Header, schema: Schema, encoding: Encoding) -> None:
+    names = [entry.name for entry in header.tensors]
+    if missing := [name for name in schema if name not in set(names)]:
+        raise PeerError(Rejection.MISSING_TENSOR, _listed(missing))
+    if extra := [name for name in names if name not in schema]:
+        raise PeerError(Rejection.EXTRA_TENSOR, _listed(extra))
+    if names != list(schema):
+        raise PeerError(Rejection.MALFORMED, "the tensors are repeated or not in the model's order")
+    for entry in header.tensors:
+        if entry.shape != tuple(schema[entry.name]):
+            raise PeerError(
+                Rejection.WRONG_SHAPE,
+                f"tensor {entry.name!r} is {entry.shape} instead of {tuple(schema[entry.name])}",
+            )
+        if entry.scheme not in (RAW, encoding.name):
+            raise PeerError(Rejection.WRONG_ENCODING, f"tensor {entry.name!r} is sent as {entry.scheme!r}")
+        limit = ENCODINGS[entry.scheme].max_bytes(prod(entry.shape))
+        if entry.length > limit:
+            raise PeerError(
+                Rejection.WRONG_LENGTH, f"tensor {entry.name!r} has {entry.length} bytes, at most {limit}"
+            )
+
+
+def _longest_entries(name: str, shape: tuple[int, ...], encoding: Encoding) -> list[_Entry]:
+    """The entries of a tensor that our encoder may write, each at its longest."""
+    count = prod(shape)
+    raw = _Entry(name, shape, RAW, (), 4 * count)
+    parameters = (1.0,) * encoding.parameters
+    coded = _Entry(name, shape, encoding.name, parameters, encoding.max_bytes(count))
+    return [raw, coded] if not count or _cost(raw) <= _cost(coded) else [coded]
+
+
+def _max_header_bytes(schema: Schema, encoding: Encoding) -> int:
+    entries = tuple(
+        max(_longest_entries(name, shape, encoding), key=lambda entry: len(msgspec.msgpack.encode(entry)))
+        for name, shape in schema.items()
+    )
+    return len(msgspec.msgpack.encode(_Header(encoding.name, entries)))
+
+
+def _cost(entry: _Entry) -> int:
+    return _aligned(entry.length) + _PARAMETER_BYTES * len(entry.parameters)
+
+
+def _aligned(offset: int) -> int:
+    return -(-offset // _ALIGNMENT) * _ALIGNMENT
+
+
+def _listed(names: list[str]) -> str:
+    shown = ", ".join(repr(name[:80]) for name in names[:_NAMES_SHOWN])
+    return shown if len(names) <= _NAMES_SHOWN else f"{shown} and {len(names) - _NAMES_SHOWN} more"
