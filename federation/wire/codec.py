@@ -44,6 +44,9 @@ MAX_MAGNITUDE: Final = 2.0**100
 _MAX_ARRAY_GROWTH: Final = 4
 """How much longer the prefix of a long msgpack array is than that of an empty one."""
 
+_HEADER_SLACK_BYTES: Final = 4096
+"""By how much a foreign header may exceed ours and still be parsed, so that the refusal can name what is wrong."""
+
 _NAMES_SHOWN: Final = 3
 
 
@@ -184,15 +187,13 @@ def _decode_tensor(entry: _Entry, blob: memoryview) -> NDArray[np.float32]:
 
 def _read_header(view: memoryview, schema: Schema, encoding: Encoding) -> tuple[_Header, int]:
     """Parse and check all that stands before the blobs; return it and where it ends."""
-    limit = max_encoded_bytes(schema, encoding.name)
-    if not _PREFIX.size <= len(view) <= limit:
-        raise PeerError(Rejection.WRONG_LENGTH, f"a frame of {len(view)} bytes, at most {limit} are possible")
+    if len(view) < _PREFIX.size:
+        raise PeerError(Rejection.WRONG_LENGTH, f"a frame of {len(view)} bytes, {_PREFIX.size} are the least")
     magic, version, zero, length = _PREFIX.unpack_from(view)
     if (magic, version, zero) != (_MAGIC, VERSION, 0):
         raise PeerError(Rejection.MALFORMED, f"not a frame of version {VERSION}")
     end = _PREFIX.size + length
-    longest = _PREFIX.size + _max_header_bytes(schema, encoding)
-    if end > min(longest, len(view)):
+    if end > len(view) or length > _max_header_bytes(schema, encoding) + _HEADER_SLACK_BYTES:
         raise PeerError(Rejection.WRONG_LENGTH, f"a header of {length} bytes in a frame of {len(view)}")
     header = decode_msgpack(bytes(view[_PREFIX.size : end]), _Header)
     if header.encoding != encoding.name:
