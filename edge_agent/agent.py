@@ -240,7 +240,7 @@ class Agent:
     def _message(self, message: Message, now: float) -> None:
         chunk = self._topics.parse_object_chunk(message.topic)
         if chunk is not None:
-            self._cache.chunk(*chunk, message.payload, now)
+            self._fetching(lambda: self._cache.chunk(*chunk, message.payload, now), now)
             return
         try:
             event = self._read(message)
@@ -297,7 +297,7 @@ class Agent:
     def _carry_out(self, command: Command, now: float) -> None:
         match command:
             case Fetch(ref):
-                self._cache.fetch(ref, now)
+                self._fetching(lambda: self._cache.fetch(ref, now), now)
             case Train(plan):
                 self._start_training(plan)
             case Abandon(reason):
@@ -316,7 +316,20 @@ class Agent:
                 report("update_accepted" if accepted else "update_dropped", reason=reason)
                 self._outbox.clear()
             case Remember(run, number):
-                write_whole(self._progress_path, msgspec.json.encode(_Progress(run, number)))
+                self._remember(_Progress(run, number))
+
+    def _fetching(self, step: Callable[[], None], now: float) -> None:
+        try:
+            step()
+        except ConfigError as error:  # a full disk: sit this round out, and stay
+            self._cache.abandon()
+            self._feed(WorkFailed(self._session.round, str(error)), now)
+
+    def _remember(self, progress: _Progress) -> None:
+        try:
+            write_whole(self._progress_path, msgspec.json.encode(progress))
+        except ConfigError as error:
+            log.error("progress_not_saved", reason=str(error), lost="nothing, unless the power fails now")
 
     def _start_training(self, plan: RoundPlan) -> None:
         self._cancel = Flag()

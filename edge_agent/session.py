@@ -210,9 +210,8 @@ class Session:
                 self._done = plan.run, plan.round
                 self._rest()
                 return [SendDecline(plan.run, plan.round, reason)]
-            case CreditArrived(credit) if self._upload is not None and self._pending is not None:
-                self._unanswered = 0
-                return [SendChunks(self._pending, self._upload.credit(credit))]
+            case CreditArrived(credit):
+                return self._credit_arrived(credit)
             case ReceiptArrived(receipt):
                 return self._receipt_arrived(receipt)
             case LinkUp() if self._upload is not None:
@@ -226,6 +225,11 @@ class Session:
     def next_wakeup(self) -> float | None:
         """When :class:`Tick` can next matter, monotonic seconds."""
         return None if self._upload is None else self._upload.next_wakeup()
+
+    @property
+    def round(self) -> int:
+        """The newest round that was seen; 0 before the first."""
+        return self._round
 
     @property
     def _plan_now(self) -> RoundPlan:
@@ -281,6 +285,12 @@ class Session:
         command = SendOffer(self._unanswered)
         self._unanswered += 1
         return [command]
+
+    def _credit_arrived(self, credit: Credit) -> list[Command]:
+        if self._upload is None or self._pending is None or credit.sha256 != self._pending.object.sha256:
+            return []  # for an update that was receipted or dropped meanwhile
+        self._unanswered = 0
+        return [SendChunks(self._pending, self._upload.credit(credit))]
 
     def _receipt_arrived(self, receipt: Receipt) -> list[Command]:
         pending = self._pending

@@ -64,9 +64,12 @@ def load(
     for variable, key in (secrets or {}).items():
         if variable in os.environ:
             _put(raw, key, os.environ[variable])
+    given: dict[str, Any] = {}
     for key, value in (flags or {}).items():
         if value is not None:
+            _put(given, key, value)
             _put(raw, key, value)
+    _refuse_unknown(kind, given, "", "the flags")
     try:
         return msgspec.convert(raw, kind)
     except msgspec.ValidationError as error:

@@ -1,0 +1,240 @@
+"""``aggregator``: serve a federation, enrol devices, look at what happened."""
+
+import tomllib
+from pathlib import Path
+from typing import Annotated, Any, NoReturn
+
+import msgspec
+import typer
+
+from aggregator.config import SECRETS, AggregatorConfig
+from federation import __version__
+from federation.bundle import write_bundle
+from federation.cli import new_app, run
+from federation.config import load, to_toml
+from federation.errors import ConfigError
+from federation.files import write_whole
+from federation.logs import LogFormat, configure
+
+app = new_app("Serve a federation: rounds over MQTT, averaging, checkpoints.")
+
+ConfigOption = Annotated[Path | None, typer.Option("--config", "-c", help="TOML file; `aggregator init` writes one.")]
+StateOption = Annotated[str | None, typer.Option("--state", help="State folder (state_dir).")]
+FederationOption = Annotated[str | None, typer.Option("--federation", help="Name of the federation.")]
+BrokerOption = Annotated[str | None, typer.Option("--broker", help="`embedded`, mqtt://HOST or mqtts://HOST (broker.url).")]
+ListenOption = Annotated[str | None, typer.Option("--listen", help="Where the embedded broker listens, ADDRESS:PORT.")]
+SetOption = Annotated[
+    list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Any other setting, e.g. --set rounds.quorum=0.7")
+]
+LevelOption = Annotated[str, typer.Option("--log-level", help="debug, info, warning or error.")]
+FormatOption = Annotated[LogFormat, typer.Option("--log-format", help="console or json; auto looks at stderr.")]
+
+
+@app.command()
+def init(
+    path: Annotated[Path, typer.Argument(help="File to write.")] = Path("fedge.toml"),
+    force: Annotated[bool, typer.Option("--force", help="Overwrite it.")] = False,
+) -> None:
+    """Write a commented configuration file."""
+    if path.exists() and not force:
+        raise ConfigError(f"{path} exists; use --force to overwrite it, or name another file")
+    write_whole(path, to_toml(AggregatorConfig()).encode())
+    typer.echo(f"wrote {path}; next: edit [task], then `aggregator serve --config {path}`")
+
+
+@app.command()
+def config(
+    file: ConfigOption = None, settings: SetOption = None
+) -> None:
+    """Print the settings in effect, as TOML. Secrets are not shown."""
+    effective = load(AggregatorConfig, file=file, secrets=SECRETS, flags=parse_settings(settings))
+    typer.echo(to_toml(without_secrets(effective)), nl=False)
+
+
+@app.command()
+def serve(
+    file: ConfigOption = None,
+    federation: FederationOption = None,
+    state: StateOption = None,
+    broker: BrokerOption = None,
+    listen: ListenOption = None,
+    model: Annotated[str | None, typer.Option("--model", help="cnn, a torchvision model, or package.module:factory.")] = None,
+    data: Annotated[str | None, typer.Option("--data", help="What the agents hold: mnist, cifar10, digits, or a data set.")] = None,
+    holdout: Annotated[str | None, typer.Option("--holdout", help="Evaluate each round on this data set, e.g. mnist:PATH.")] = None,
+    rounds: Annotated[int | None, typer.Option("--rounds", help="Rounds in this run (rounds.count).")] = None,
+    min_agents: Annotated[int | None, typer.Option("--min-agents", help="Agents that must be online.")] = None,
+    cohort_size: Annotated[int | None, typer.Option("--cohort-size", help="Agents per round; 0 is all.")] = None,
+    deadline_s: Annotated[float | None, typer.Option("--deadline", help="Seconds after which a round closes.")] = None,
+    epochs: Annotated[int | None, typer.Option("--epochs", help="Local epochs per round.")] = None,
+    batch_size: Annotated[int | None, typer.Option("--batch-size", help="Local batch size.")] = None,
+    learning_rate: Annotated[float | None, typer.Option("--lr", help="Local learning rate.")] = None,
+    encoding: Annotated[str | None, typer.Option("--encoding", help="float32, float16 or int8.")] = None,
+    settings: SetOption = None,
+    log_level: LevelOption = "info",
+    log_format: FormatOption = "auto",
+) -> None:
+    """Serve until the run is finished. Stop it at any moment: started again, it goes on with the same round."""
+    from aggregator.service import Service  # noqa: PLC0415: --help and `init` need not wait for it
+    from aggregator.startup import prepared  # noqa: PLC0415
+
+    configure(level=log_level, form=log_format)
+    flags = {
+        "federation": federation,
+        "state_dir": state,
+        "encoding": encoding,
+        "broker.url": broker,
+        "broker.listen": listen,
+        "task.model": model,
+        "task.data": data,
+        "task.holdout": holdout,
+        "rounds.count": rounds,
+        "rounds.min_agents": min_agents,
+        "rounds.cohort_size": cohort_size,
+        "rounds.deadline_s": deadline_s,
+        "train.epochs": epochs,
+        "train.batch_size": batch_size,
+        "train.learning_rate": learning_rate,
+        **parse_settings(settings),
+    }
+    effective = load(AggregatorConfig, file=file, secrets=SECRETS, flags=flags)
+    with prepared(effective) as ready:
+        write_whole(served_config(effective.state_dir), to_toml(without_secrets(effective)).encode())
+        finished = Service(effective, ready.store, ready.enrolment, ready.task, ready.address).run()
+    if finished:
+        typer.echo(f"next: model-export onnx {effective.state_dir}")
+
+
+@app.command()
+def enroll(
+    name: Annotated[str, typer.Argument(help="The device: a-z, 0-9, _ and -.")],
+    output: Annotated[Path | None, typer.Option("--output", "-o", help="Bundle to write; default NAME.bundle.json.")] = None,
+    replace: Annotated[bool, typer.Option("--replace", help="New keys for a name that is enrolled; its old bundle dies.")] = False,
+    file: ConfigOption = None,
+    federation: FederationOption = None,
+    state: StateOption = None,
+    broker: BrokerOption = None,
+    listen: ListenOption = None,
+    advertise: Annotated[str | None, typer.Option("--advertise", help="Broker URL as the device sees it.")] = None,
+    settings: SetOption = None,
+) -> None:
+    """Give a device its identity and broker account: one file that it needs, to be kept secret."""
+    from aggregator.broker import reload_running  # noqa: PLC0415
+    from aggregator.enrolment import Enrolment  # noqa: PLC0415
+    from aggregator.startup import advertised_url, ca_pem  # noqa: PLC0415
+
+    flags = {
+        "federation": federation,
+        "state_dir": state,
+        "broker.url": broker,
+        "broker.listen": listen,
+        "broker.advertise": advertise,
+        **parse_settings(settings),
+    }
+    effective = load(AggregatorConfig, file=file or _served(state), secrets=SECRETS, flags=flags)
+    target = output or Path(f"{name}.bundle.json")
+    if target.exists() and not replace:
+        raise ConfigError(f"{target} exists; use --replace, or -o for another file")
+    enrolment = Enrolment(Path(effective.state_dir), effective.federation)
+    url = advertised_url(effective, enrolment)
+    bundle = enrolment.enroll(name, broker_url=url, ca_pem=ca_pem(effective), replace=replace)
+    write_bundle(target, bundle)
+    reload_running(Path(effective.state_dir))
+    typer.echo(f"wrote {target} (secret; broker {url})")
+    typer.echo(f"next: copy it to the device, then there: edge-agent run {target.name} --data imagefolder:PATH")
+
+
+@app.command()
+def revoke(
+    name: Annotated[str, typer.Argument(help="The device.")],
+    file: ConfigOption = None,
+    federation: FederationOption = None,
+    state: StateOption = None,
+) -> None:
+    """Take a device's identity and broker account away."""
+    from aggregator.broker import reload_running  # noqa: PLC0415
+    from aggregator.enrolment import Enrolment  # noqa: PLC0415
+
+    flags = {"federation": federation, "state_dir": state}
+    effective = load(AggregatorConfig, file=file or _served(state), secrets=SECRETS, flags=flags)
+    Enrolment(Path(effective.state_dir), effective.federation).revoke(name)
+    reload_running(Path(effective.state_dir))
+    typer.echo(f"{name} is revoked: nothing that it signs counts any more")
+
+
+@app.command()
+def status(
+    state: Annotated[Path | None, typer.Argument(help="State folder; default from the configuration.")] = None,
+    file: ConfigOption = None,
+    as_json: Annotated[bool, typer.Option("--json", help="For programs.")] = False,
+) -> None:
+    """Show rounds, agents and refusals, of a server that runs or has run."""
+    from aggregator.status import collect, render  # noqa: PLC0415
+
+    folder = state or Path(load(AggregatorConfig, file=file).state_dir)
+    report = collect(folder)
+    typer.echo(report.to_json() if as_json else render(report), nl=not as_json)
+
+
+@app.command()
+def demo(
+    data: Annotated[str, typer.Option("--data", help="digits (built in), mnist:PATH or another data set.")] = "digits",
+    folder: Annotated[Path, typer.Option("--folder", help="Where everything goes; replaced.")] = Path("fedge-demo"),
+    agents: Annotated[int, typer.Option("--agents", min=2, max=20, help="Agents, each a process of its own.")] = 3,
+    rounds: Annotated[int, typer.Option("--rounds", min=1, help="Rounds.")] = 8,
+) -> None:
+    """Run a whole federation on this machine: broker, server, agents, ONNX export, inference."""
+    from aggregator.demo import run_demo  # noqa: PLC0415
+
+    run_demo(data=data, folder=folder, agents=agents, rounds=rounds)
+
+
+@app.callback(invoke_without_command=True)
+def root(
+    version: Annotated[bool, typer.Option("--version", help="Print the version.")] = False,
+) -> None:
+    if version:
+        typer.echo(__version__)
+        raise typer.Exit
+
+
+def parse_settings(settings: list[str] | None) -> dict[str, object]:
+    """Read ``--set KEY=VALUE``: the value is TOML, or else a plain string.
+
+    Raises:
+        ConfigError: If there is no ``=``.
+    """
+    parsed: dict[str, object] = {}
+    for setting in settings or []:
+        key, separator, text = setting.partition("=")
+        if not separator:
+            raise ConfigError(f"--set {setting!r}: write it as KEY=VALUE")
+        try:
+            value: Any = tomllib.loads(f"value = {text}")["value"]
+        except tomllib.TOMLDecodeError:
+            value = text
+        parsed[key.strip()] = value
+    return parsed
+
+
+def without_secrets(effective: AggregatorConfig) -> AggregatorConfig:
+    """The settings as they may be shown or written to a file: a password must come from the environment again."""
+    return msgspec.structs.replace(effective, broker=msgspec.structs.replace(effective.broker, password=""))
+
+
+def served_config(state_dir: str) -> Path:
+    """Where ``serve`` leaves its settings, so that ``enroll`` in another terminal agrees with it without flags."""
+    return Path(state_dir) / "served.toml"
+
+
+def _served(state_dir: str | None) -> Path | None:
+    path = served_config(state_dir or AggregatorConfig().state_dir)
+    return path if path.exists() else None
+
+
+def main() -> NoReturn:
+    """Entry point."""
+    run(app)
+
+
+if __name__ == "__main__":
+    main()

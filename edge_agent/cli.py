@@ -1,0 +1,93 @@
+"""``edge-agent``: train on this device, run the model on it, find out what is wrong with it."""
+
+from pathlib import Path
+from typing import Annotated, NoReturn
+
+import typer
+
+from edge_agent.inference.command import infer
+from federation import __version__
+from federation.cli import new_app, run
+from federation.logs import LogFormat, configure
+
+app = new_app("Take part in a federation from a device: train where the data is, run the model there.")
+app.command("infer")(infer)
+
+BundleArgument = Annotated[Path, typer.Argument(help="The file that `aggregator enroll` wrote for this device.")]
+DataOption = Annotated[
+    str,
+    typer.Option("--data", help="imagefolder:PATH, mnist:PATH, cifar10:PATH, digits, or package.module:factory."),
+]
+OneClassOption = Annotated[
+    bool, typer.Option("--allow-single-class", help="Accept data of one class only; it trains a poor model.")
+]
+
+
+@app.command("run")
+def run_agent(
+    bundle: BundleArgument,
+    data: DataOption,
+    state: Annotated[
+        Path | None, typer.Option("--state", help="Folder for what must survive; default BUNDLE's name beside it.")
+    ] = None,
+    device: Annotated[str, typer.Option("--device", help="auto, cpu, cuda or mps.")] = "auto",
+    threads: Annotated[int, typer.Option("--threads", min=0, help="CPU threads for training; 0 is all.")] = 0,
+    max_memory: Annotated[
+        int, typer.Option("--max-memory", min=16, help="MiB that decoded images may take; larger sets stay on disk.")
+    ] = 512,
+    allow_single_class: OneClassOption = False,
+    allow_model: Annotated[
+        list[str] | None, typer.Option("--allow-model", help="A plug-in model, package.module:factory, that a plan may name.")
+    ] = None,
+    telemetry_s: Annotated[float, typer.Option("--telemetry", min=0, help="Seconds between health reports; 0 is none.")] = 60,
+    give_up_after_s: Annotated[
+        float, typer.Option("--give-up-after", min=0, help="Seconds after which a broker that was never reached is an error; 0 is never.")
+    ] = 0,
+    log_level: Annotated[str, typer.Option("--log-level", help="debug, info, warning or error.")] = "info",
+    log_format: Annotated[LogFormat, typer.Option("--log-format", help="console or json; auto looks at stderr.")] = "auto",
+) -> None:
+    """Take part until SIGTERM. Power, link and server may fail at any time: nothing is lost."""
+    from edge_agent.agent import Agent, Options  # noqa: PLC0415: `infer` must not pay for what training needs
+    from edge_agent.telemetry import capabilities  # noqa: PLC0415
+    from edge_agent.training import TorchTrainer  # noqa: PLC0415
+    from federation.bundle import read_bundle  # noqa: PLC0415
+    from federation.task.data import task_from_data  # noqa: PLC0415
+
+    configure(level=log_level, form=log_format)
+    identity = read_bundle(bundle)
+    trainer = TorchTrainer(
+        data, device=device, threads=threads, memory_limit_mb=max_memory, allow_single_class=allow_single_class
+    )
+    # Opening the data now, with the labels that it has itself, shows what is wrong with it before the first round.
+    samples = trainer.samples(task_from_data(data, "cnn"))
+    able = capabilities(device=trainer.device_name, threads=trainer.threads, samples=samples)
+    options = Options(
+        state_dir=state or default_state(bundle),
+        telemetry_s=telemetry_s,
+        give_up_after_s=give_up_after_s,
+        plugins=frozenset(allow_model or ()),
+    )
+    Agent(identity, able, trainer, options).run()
+
+
+def default_state(bundle: Path) -> Path:
+    """Beside the bundle, so that what belongs to one identity lies together: ``pi1.bundle.json`` -> ``pi1.state``."""
+    return bundle.with_name(bundle.name.split(".")[0] + ".state")
+
+
+@app.callback(invoke_without_command=True)
+def root(
+    version: Annotated[bool, typer.Option("--version", help="Print the version.")] = False,
+) -> None:
+    if version:
+        typer.echo(__version__)
+        raise typer.Exit
+
+
+def main() -> NoReturn:
+    """Entry point."""
+    run(app)
+
+
+if __name__ == "__main__":
+    main()
