@@ -30,7 +30,7 @@ _PRIVATE = 0o600
 _DIE_WITH_PARENT = """
 import ctypes, os, signal, sys
 PR_SET_PDEATHSIG = 1
-ctypes.CDLL(None).getpid()
+ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGTERM)
 if os.getppid() != int(sys.argv[1]):
     sys.exit("the aggregator died while its broker started")
 os.execv(sys.argv[2], sys.argv[2:])

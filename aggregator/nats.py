@@ -12,8 +12,8 @@ MAX_PACKET_BYTES = 1 << 20
 """Largest MQTT packet. Ten times the default chunk; nats-server's own default."""
 
 _PAYLOAD_MARGIN_BYTES = 4096
-"""nats-server counts its own headers and the topic into the payload that it limits: a packet of exactly the limit
-would cut the connection, and the client would resend it for ever."""
+"""nats-server counts headers of its own (24 bytes and more) into the payload that it limits. Without a margin a packet
+of the full size on a short topic would cut the connection, and the client would send it again for ever."""
 
 _MAX_ACK_PENDING = 512
 """Unacknowledged messages that each QoS 1 subscription reserves of a session's 65,535: 127 subscriptions instead of

@@ -150,4 +150,7 @@ def test_a_message_of_the_largest_size_passes(served: Served) -> None:
     payload = bytes((1 << 20) - overhead - 1)  # one byte of empty properties in MQTT 5
     assert aggregator.link.publish(topic, payload, retain=True)
     aggregator.hears(topic, payload)
+    late = served.client(served.aggregator_address(), "late").connected()
+    late.link.subscribe([(topic, 0)])
+    assert late.hears(topic, payload).retain
     assert not [item for item in aggregator.heard if isinstance(item, Disconnected)]
