@@ -1,0 +1,323 @@
+"""Local training: from the round's base model and the device's own images to a delta.
+
+torch is imported when a :class:`TorchTrainer` is made, once in the life of the process, and not by this module.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import math
+import time
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import numpy as np
+import structlog
+
+from federation.errors import ConfigError, FedgeError
+from federation.wire.messages import RoundPlan, TaskSpec, TrainMetrics, TrainSpec
+
+if TYPE_CHECKING:
+    import torch
+    from torch import nn
+
+    from federation.task.images import ImageData
+
+DEFAULT_MEMORY_LIMIT_MB = 512
+"""Decoded images beyond it are decoded anew for each batch."""
+
+_SEED_BYTES = 8
+
+log = structlog.get_logger()
+
+
+class Cancelled(Exception):  # noqa: N818 - a person or a newer plan asked for it: it is no error
+    """Training was stopped between two batches because it is no longer wanted."""
+
+
+class TrainingError(FedgeError):
+    """This device cannot train this round: it declines, and says why."""
+
+
+@dataclass(frozen=True, slots=True)
+class Trained:
+    """What one round's local training gives.
+
+    Attributes:
+        delta: New minus base by tensor name, float32, C-contiguous; running statistics included.
+        samples: Local training samples: the weight of the update.
+        metrics: Of the training.
+    """
+
+    delta: dict[str, np.ndarray]
+    samples: int
+    metrics: TrainMetrics
+
+
+def round_seed(plan: RoundPlan, agent: str) -> int:
+    """The seed of all that is random on ``agent`` in a round: 64 bits, from the plan's seed, round and the name."""
+    text = f"{plan.train.seed}/{plan.round}/{agent}"
+    return int.from_bytes(hashlib.sha256(text.encode()).digest()[:_SEED_BYTES], "big")
+
+
+class TorchTrainer:
+    """Trains with PyTorch. Keeps images and model from round to round; not thread-safe.
+
+    Equal plans, base models and names give bit-identical deltas on one machine with one number of threads.
+
+    Args:
+        data_spec: The device's images (``federation.task.data``).
+        device: ``cpu``, ``cuda``, ``cuda:1``, ``mps``, or ``auto`` for the fastest that is there.
+        threads: CPU threads; 0 leaves it to PyTorch.
+        memory_limit_mb: MiB of decoded images that are kept in memory.
+        allow_single_class: Accept images of one class only.
+
+    Raises:
+        ConfigError: If the device is not there.
+    """
+
+    def __init__(
+        self,
+        data_spec: str,
+        *,
+        device: str = "auto",
+        threads: int = 0,
+        memory_limit_mb: int = DEFAULT_MEMORY_LIMIT_MB,
+        allow_single_class: bool = False,
+    ) -> None:
+        import torch
+
+        self._spec = data_spec
+        self._memory_limit_mb = memory_limit_mb
+        self._allow_single_class = allow_single_class
+        self._device = _pick_device(device)
+        if threads > 0:
+            torch.set_num_threads(threads)
+        # cuDNN otherwise picks by timing among algorithms that sum in different orders.
+        torch.backends.cudnn.deterministic = True
+        self._opened: tuple[TaskSpec, ImageData] | None = None
+        self._built: tuple[TaskSpec, nn.Module, dict[str, torch.Tensor]] | None = None
+
+    @property
+    def device_name(self) -> str:
+        """``cpu``, ``cuda`` or ``mps``."""
+        return self._device.partition(":")[0]
+
+    @property
+    def threads(self) -> int:
+        """CPU threads that training uses."""
+        import torch
+
+        return torch.get_num_threads()
+
+    def samples(self, task: TaskSpec) -> int:
+        """How many local images there are to learn ``task`` from. Opens and checks them the first time.
+
+        Raises:
+            ConfigError: See :func:`federation.task.data.open_data`.
+        """
+        return len(self._data(task))
+
+    def train(
+        self, base: Mapping[str, np.ndarray], plan: RoundPlan, agent: str, cancelled: Callable[[], bool]
+    ) -> Trained:
+        """Train for one round.
+
+        Args:
+            base: The round's global model, float32 by tensor name; not changed.
+            plan: What and how.
+            agent: This device's name; decides on the order of its images.
+            cancelled: Asked before each batch.
+
+        Raises:
+            Cancelled: Soon after ``cancelled()`` turned true.
+            TrainingError: If the loss is not finite, or memory does not suffice.
+            ConfigError: If the data, the model or ``base`` does not fit the task.
+        """
+        import torch
+
+        from federation.task.models import load_arrays
+
+        began = time.monotonic()
+        try:
+            data, model = self._data(plan.task), self._model(plan.task)
+            load_arrays(model, base)
+            seed = round_seed(plan, agent)
+            torch.manual_seed(seed)
+            loss, accuracy, steps = self._fit(model, data, plan.train, np.random.default_rng(seed), cancelled)
+            delta = _difference(model, base)
+        except (MemoryError, RuntimeError) as error:
+            if not _is_out_of_memory(error):
+                raise
+            raise TrainingError(
+                f"out of memory on {self.device_name} with batches of {plan.train.batch_size}: "
+                "let the federation use a smaller batch_size, or run the agent with a lower --max-memory, "
+                "so that it keeps fewer images in memory"
+            ) from error
+        finally:
+            if self._built:
+                self._built[1].zero_grad(set_to_none=True)
+        train_s = time.monotonic() - began
+        log.info(
+            "model_trained",
+            round=plan.round,
+            samples=len(data),
+            steps=steps,
+            loss=round(loss, 4),
+            train_s=round(train_s, 2),
+        )
+        return Trained(
+            delta, len(data), TrainMetrics(loss=loss, accuracy=accuracy, steps=steps, train_s=train_s)
+        )
+
+    def _fit(
+        self,
+        model: nn.Module,
+        data: ImageData,
+        spec: TrainSpec,
+        random: np.random.Generator,
+        cancelled: Callable[[], bool],
+    ) -> tuple[float, float, int]:
+        """The training loop. Returns the last epoch's mean loss and accuracy, and the steps taken in all."""
+        import torch
+
+        optimizer = _optimizer(model, spec)
+        drop_single = _has_batch_norm(model)
+        loss = accuracy = 0.0
+        steps = 0
+        for _ in range(spec.epochs):
+            seen = 0
+            # Sums stay on the device: reading them after every batch would make an accelerator wait.
+            loss_sum = torch.zeros((), device=self._device)
+            right = torch.zeros((), dtype=torch.int64, device=self._device)
+            for rows in _batches(len(data), spec.batch_size, random, drop_single=drop_single):
+                if cancelled():
+                    raise Cancelled
+                images, labels = data.batch(rows, self._device)
+                logits = model(images)
+                batch_loss = torch.nn.functional.cross_entropy(logits, labels)
+                optimizer.zero_grad()
+                torch.autograd.backward(batch_loss)
+                optimizer.step()
+                loss_sum += batch_loss.detach() * len(rows)
+                right += (logits.detach().argmax(dim=1) == labels).sum()
+                seen += len(rows)
+                steps += 1
+                if steps == spec.max_steps:
+                    break
+            loss, accuracy = float(loss_sum) / seen, int(right) / seen
+            if not math.isfinite(loss):
+                raise _diverged("the loss", spec)
+            if steps == spec.max_steps:
+                break
+        if not all(bool(torch.isfinite(parameter).all()) for parameter in model.parameters()):
+            raise _diverged("a weight", spec)
+        return loss, accuracy, steps
+
+    def _data(self, task: TaskSpec) -> ImageData:
+        from federation.task.data import open_data
+
+        if self._opened is None or self._opened[0] != task:
+            self._opened = None  # frees the old images before the new ones come
+            data = open_data(
+                self._spec,
+                task,
+                train=True,
+                memory_limit_mb=self._memory_limit_mb,
+                allow_single_class=self._allow_single_class,
+            )
+            self._opened = (task, data)
+        return self._opened[1]
+
+    def _model(self, task: TaskSpec) -> nn.Module:
+        """The task's model; its integer buffers, which no base model sets, are as when it was built."""
+        import torch
+
+        from federation.task.models import build, float_tensors
+
+        if self._built is None or self._built[0] != task:
+            self._built = None
+            model = build(task).to(self._device)
+            floats = float_tensors(model)
+            counters = {
+                name: value.clone() for name, value in model.state_dict().items() if name not in floats
+            }
+            self._built = (task, model, counters)
+        _, model, counters = self._built
+        state = model.state_dict()
+        with torch.no_grad():
+            for name, value in counters.items():
+                state[name].copy_(value)
+        return model.train()
+
+
+def _batches(
+    samples: int, batch_size: int, random: np.random.Generator, *, drop_single: bool
+) -> Iterator[np.ndarray]:
+    """One epoch's sample indices in random order, batch by batch.
+
+    BatchNorm cannot normalise a single sample, so with ``drop_single`` a last batch of one is left out, unless it
+    is the only one.
+    """
+    order = random.permutation(samples)
+    for start in range(0, samples, batch_size):
+        rows = order[start : start + batch_size]
+        if drop_single and start > 0 and len(rows) == 1 < batch_size:
+            return
+        yield rows
+
+
+def _optimizer(model: nn.Module, spec: TrainSpec) -> torch.optim.Optimizer:
+    from torch import optim
+
+    parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    if spec.optimizer == "adam":
+        return optim.Adam(parameters, lr=spec.learning_rate, weight_decay=spec.weight_decay)
+    return optim.SGD(
+        parameters, lr=spec.learning_rate, momentum=spec.momentum, weight_decay=spec.weight_decay
+    )
+
+
+def _difference(model: nn.Module, base: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+    """New minus base, in the model's order; one tensor at a time, so that no second model is in memory."""
+    from federation.task.models import float_tensors
+
+    return {
+        name: np.subtract(tensor.cpu().numpy(), base[name], order="C")
+        for name, tensor in float_tensors(model).items()
+    }
+
+
+def _has_batch_norm(model: nn.Module) -> bool:
+    from torch.nn.modules.batchnorm import _BatchNorm
+
+    return any(isinstance(module, _BatchNorm) for module in model.modules())
+
+
+def _pick_device(wanted: str) -> str:
+    import torch
+
+    kind, _, index = wanted.partition(":")
+    cuda, mps = torch.cuda.is_available(), torch.backends.mps.is_available()
+    if wanted == "auto":
+        return "cuda" if cuda else "mps" if mps else "cpu"
+    there = {"cpu": 1, "cuda": torch.cuda.device_count() if cuda else 0, "mps": int(mps)}
+    if kind not in there or (index and not index.isdecimal()) or int(index or 0) >= there[kind]:
+        found = ", ".join(name for name, count in there.items() if count)
+        raise ConfigError(f"device {wanted!r} is not there: this machine has {found}; auto picks by itself")
+    return wanted
+
+
+def _is_out_of_memory(error: Exception) -> bool:
+    import torch
+
+    # The CPU allocator says it in a plain RuntimeError.
+    return isinstance(error, MemoryError | torch.OutOfMemoryError) or "DefaultCPUAllocator" in str(error)
+
+
+def _diverged(what: str, spec: TrainSpec) -> TrainingError:
+    return TrainingError(
+        f"{what} became NaN or infinite in training with learning_rate {spec.learning_rate:g} ({spec.optimizer}): "
+        "let the federation use a smaller one"
+    )
