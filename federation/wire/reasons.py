@@ -61,10 +61,11 @@ def of_error(address: BrokerAddress, error: OSError) -> Failure:
             "it, and use the host name that it was made for",
             hopeless=True,
         )
-    if isinstance(error, ssl.SSLError):
+    if isinstance(error, ssl.SSLError | ConnectionResetError) and address.tls:
+        what = error.reason if isinstance(error, ssl.SSLError) else None
         return Failure(
-            f"TLS with {address} failed: {error.reason or error}; if the broker speaks plain MQTT on port "
-            f"{address.port}, write mqtt://"
+            f"TLS with {address} failed: {what or error}; if the broker speaks plain MQTT on port {address.port}, "
+            "write mqtt://"
         )
     if isinstance(error, socket.gaierror):
         return Failure(
@@ -105,4 +106,6 @@ def of_disconnect(code: int, name: str, *, by_broker: bool, detail: str) -> Fail
         return Failure(f"the broker ended the connection: {name.lower()}")
     if name == "Keep alive timeout":
         return Failure("the broker did not answer a ping within the keepalive")
+    if name == "Protocol error":
+        return Failure("the broker sent something that is not MQTT; is there a proxy in between?")
     return Failure(f"connection lost: {detail or 'closed by the broker'}")
