@@ -104,13 +104,12 @@ class Preprocessing(Struct, frozen=True, forbid_unknown_fields=True, kw_only=Tru
 def find_images(path: Path) -> Iterator[Path]:
     """Pictures below a folder, depth first, in the order of their names within each folder; or ``path`` itself.
 
-    Folders that are symbolic links are not entered: they may lead in a circle.
+    Hidden entries are passed over, and folders that are symbolic links not entered: they may lead in a circle.
     """
     if not path.is_dir():
         yield path
         return
     for parent, children, names in os.walk(path):
-        children.sort()
-        yield from (
-            Path(parent, name) for name in sorted(names) if Path(name).suffix.lower() in IMAGE_SUFFIXES
-        )
+        children[:] = sorted(name for name in children if not name.startswith("."))
+        shown = (name for name in sorted(names) if not name.startswith("."))
+        yield from (Path(parent, name) for name in shown if Path(name).suffix.lower() in IMAGE_SUFFIXES)
