@@ -25,7 +25,7 @@ from federation.wire.address import LARGEST_PACKET, BrokerAddress
 from federation.wire.inbox import UNLIMITED_RECEIVE_MAXIMUM, Limits, LinkEvent, LinkFailed, Message
 from federation.wire.messages import MAX_CHUNK_BYTES
 from federation.wire.reasons import Failure
-from federation.wire.sending import Publish, SendQueue, Subscribe, Unsubscribe
+from federation.wire.sending import Publish, SendQueue, Subscribe, Unsubscribe, Wake
 
 MQTT_5: Final = 5
 
@@ -80,35 +80,6 @@ class _LastError(logging.Handler):
 
     def emit(self, record: logging.LogRecord) -> None:
         self.text = record.getMessage().removeprefix("failed to receive on socket: ")
-
-
-class Wake:
-    """Interrupts the loop's wait from another thread."""
-
-    def __init__(self) -> None:
-        self.reader, self._writer = socket.socketpair()
-        self.reader.setblocking(False)
-        self._writer.setblocking(False)
-
-    def __call__(self) -> None:
-        """Interrupt. A full or closed pipe is fine: the loop is awake already, or gone."""
-        try:
-            self._writer.send(b"\0")
-        except OSError:
-            return
-
-    def drain(self) -> None:
-        """Forget the interrupts so far."""
-        try:
-            while self.reader.recv(4096):
-                pass
-        except BlockingIOError:
-            return
-
-    def close(self) -> None:
-        """Free both ends."""
-        self.reader.close()
-        self._writer.close()
 
 
 class Connection:
@@ -395,4 +366,4 @@ def _properties(packet: int, **values: int) -> Properties:
     return properties
 
 
-__all__ = ["FILTERS_PER_PACKET", "Connection", "Outcome", "Wake", "Will"]
+__all__ = ["FILTERS_PER_PACKET", "Connection", "Outcome", "Will"]

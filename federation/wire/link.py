@@ -21,7 +21,6 @@ from federation.wire.connection import (
     FILTERS_PER_PACKET,
     Connection,
     Outcome,
-    Wake,
     Will,
 )
 from federation.wire.inbox import (
@@ -35,7 +34,7 @@ from federation.wire.inbox import (
     Overflow,
 )
 from federation.wire.reasons import Failure
-from federation.wire.sending import SendQueue, Subscribe, Unsubscribe, publish_job
+from federation.wire.sending import SendQueue, Subscribe, Unsubscribe, Wake, publish_job
 
 RETRY_MIN_S: Final = 0.2
 RETRY_MAX_S: Final = 30.0

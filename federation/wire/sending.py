@@ -4,6 +4,7 @@ Nothing survives a disconnect: a new session starts empty and the owner publishe
 old plan or state can never overtake a newer one.
 """
 
+import socket
 import threading
 from collections import deque
 from collections.abc import Callable
@@ -48,6 +49,35 @@ class Unsubscribe:
 
 
 Job = Publish | Subscribe | Unsubscribe
+
+
+class Wake:
+    """Interrupts the loop's wait from another thread."""
+
+    def __init__(self) -> None:
+        self.reader, self._writer = socket.socketpair()
+        self.reader.setblocking(False)
+        self._writer.setblocking(False)
+
+    def __call__(self) -> None:
+        """Interrupt. A full or closed pipe is fine: the loop is awake already, or gone."""
+        try:
+            self._writer.send(b"\0")
+        except OSError:
+            return
+
+    def drain(self) -> None:
+        """Forget the interrupts so far."""
+        try:
+            while self.reader.recv(4096):
+                pass
+        except BlockingIOError:
+            return
+
+    def close(self) -> None:
+        """Free both ends."""
+        self.reader.close()
+        self._writer.close()
 
 
 class SendQueue:
