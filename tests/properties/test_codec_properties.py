@@ -1,0 +1,77 @@
+"""What must hold of every frame, honest or not."""
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from hypothesis.extra import numpy as hnp
+from numpy.typing import NDArray
+
+from federation.errors import PeerError
+from federation.wire.codec import MAX_MAGNITUDE, decode, encode, max_encoded_bytes, schema_of
+from federation.wire.encodings import ENCODINGS
+
+Arrays = dict[str, NDArray[np.float32]]
+
+LARGEST = float(np.float32(MAX_MAGNITUDE))
+
+tensors = hnp.arrays(
+    dtype=np.float32,
+    shape=hnp.array_shapes(min_dims=0, max_dims=4, min_side=0, max_side=9),
+    elements=st.floats(-LARGEST, LARGEST, width=32),
+)
+models = st.dictionaries(st.text(max_size=20), tensors, max_size=5)
+encodings = st.sampled_from(sorted(ENCODINGS))
+seeds = st.integers(0, 2**32 - 1)
+
+
+def assert_valid_or_refused(data: bytes, arrays: Arrays, encoding: str) -> None:
+    schema = schema_of(arrays)
+    try:
+        decoded = decode(data, schema, encoding)
+    except PeerError:
+        return
+    assert list(decoded) == list(schema)
+    for name, array in decoded.items():
+        assert array.shape == schema[name]
+        assert array.dtype == np.float32
+        assert np.isfinite(array).all()
+
+
+@given(models, encodings, seeds)
+def test_error_is_bounded_by_the_tensors_largest_value(arrays: Arrays, encoding: str, seed: int) -> None:
+    data = encode(arrays, encoding, np.random.default_rng(seed))
+    assert len(data) <= max_encoded_bytes(schema_of(arrays), encoding)
+    decoded = decode(memoryview(data), schema_of(arrays), encoding)
+    relative = {"float32": 0.0, "float16": 2.0**-11, "int8": (1 + 2.0**-16) / 127}[encoding]
+    for name, array in arrays.items():
+        wide = array.astype(np.float64)
+        bound = relative * np.abs(wide).max(initial=0.0) + (0.0 if encoding == "float32" else 2.0**-125)
+        assert np.all(np.abs(decoded[name] - wide) <= bound)
+
+
+@given(models, encodings, seeds, st.data())
+def test_single_bit_flip_is_refused_or_gives_finite_values(
+    arrays: Arrays, encoding: str, seed: int, data: st.DataObject
+) -> None:
+    frame = bytearray(encode(arrays, encoding, np.random.default_rng(seed)))
+    bit = data.draw(st.integers(0, 8 * len(frame) - 1))
+    frame[bit // 8] ^= 1 << bit % 8
+    assert_valid_or_refused(bytes(frame), arrays, encoding)
+
+
+@given(models, encodings, st.binary(max_size=300))
+def test_arbitrary_bytes_are_refused(arrays: Arrays, encoding: str, tail: bytes) -> None:
+    assert_valid_or_refused(tail, arrays, encoding)
+    assert_valid_or_refused(b"fdge\x01\0\0\0" + tail, arrays, encoding)
+
+
+@given(models, encodings, seeds, st.data())
+def test_truncated_and_spliced_frames_are_refused(
+    arrays: Arrays, encoding: str, seed: int, data: st.DataObject
+) -> None:
+    frame = encode(arrays, encoding, np.random.default_rng(seed))
+    cut = data.draw(st.integers(0, len(frame) - 1))
+    with pytest.raises(PeerError):
+        decode(frame[:cut], schema_of(arrays), encoding)
+    assert_valid_or_refused(frame[:cut] + data.draw(st.binary(max_size=40)), arrays, encoding)

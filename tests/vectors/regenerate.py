@@ -1,0 +1,17 @@
+"""Write the wire vectors anew: ``python -m tests.vectors.regenerate``, only when a format changes on purpose."""
+
+import json
+from pathlib import Path
+
+from tests.vectors.samples import vectors
+
+FILE = Path(__file__).with_name("wire.json")
+
+
+def main() -> None:
+    """Overwrite ``wire.json``."""
+    FILE.write_text(json.dumps(vectors(), indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,110 @@
+"""One sample of everything that crosses the wire, from which the committed vectors are made."""
+
+import numpy as np
+from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
+
+from federation.errors import Rejection
+from federation.wire import codec, messages, signing, transfer
+
+KEY = Ed25519PrivateKey.from_private_bytes(bytes(range(32)))
+RUN = "0123456789abcdef"
+SESSION = "fedcba9876543210"
+
+BASE = transfer.make_ref(bytes(range(256)) * 2, 200)
+UPDATE = transfer.make_ref(b"update" * 20, 64)
+
+TASK = messages.TaskSpec(
+    model="cnn", labels=("0", "1"), channels=1, height=28, width=28, mean=(0.1307,), std=(0.3081,)
+)
+OFFER = messages.UpdateOffer(
+    run=RUN,
+    round=3,
+    base=BASE.sha256,
+    object=UPDATE,
+    encoding="int8",
+    samples=600,
+    metrics=messages.TrainMetrics(loss=0.25, accuracy=0.9375, steps=19, train_s=1.5),
+)
+
+MSGPACK: dict[str, messages.Wire] = {
+    "round_plan": messages.RoundPlan(
+        run=RUN,
+        round=3,
+        attempt=1,
+        task=TASK,
+        train=messages.TrainSpec(),
+        base=BASE,
+        encoding="int8",
+        cohort=("pi1", "pi2"),
+        deadline_s=600.0,
+        issued_at=1750000000.0,
+        upload_chunk_bytes=98304,
+    ),
+    "idle_plan": messages.IdlePlan(
+        run=RUN, round=3, finished=False, reason="waiting", issued_at=1750000000.0
+    ),
+    "update_offer": OFFER,
+    "decline": messages.Decline(run=RUN, round=3, reason="no data"),
+    "credit": messages.Credit(sha256=UPDATE.sha256, chunks=(0, 1)),
+    "receipt_accepted": messages.Receipt(run=RUN, round=3, sha256=UPDATE.sha256, accepted=True),
+    "receipt_refused": messages.Receipt(
+        run=RUN,
+        round=3,
+        sha256=UPDATE.sha256,
+        accepted=False,
+        code=Rejection.NON_FINITE,
+        detail="tensor 'fc1.weight'",
+    ),
+}
+"""Messages that are sent as msgpack."""
+
+JSON: dict[str, messages.Wire] = {
+    "agent_birth": messages.AgentState(
+        state="online",
+        session=SESSION,
+        capabilities=messages.Capabilities(
+            version="0.1.0",
+            device="cpu",
+            threads=4,
+            memory_mb=1848,
+            samples=600,
+            encodings=("float32", "float16", "int8"),
+            platform="Linux-6.6-aarch64",
+        ),
+    ),
+    "agent_death": messages.AgentState(state="offline", session=SESSION),
+    "telemetry": messages.Telemetry(
+        session=SESSION,
+        phase="training",
+        uptime_s=3600.0,
+        cpu_percent=87.5,
+        process_mb=412.0,
+        available_mb=900.0,
+        disk_free_mb=20000.0,
+        temperature_c=61.5,
+    ),
+    "aggregator_birth": messages.AggregatorState(state="online", session=SESSION, run=RUN, time=1750000000.0),
+    "aggregator_death": messages.AggregatorState(state="offline", session=SESSION),
+}
+"""Messages that are sent as JSON."""
+
+TENSORS = {
+    "fc.weight": (np.arange(-126, 128, 11, dtype=np.float32) / 256).reshape(4, 6),
+    "fc.bias": np.array([1e-3, -2e-3], dtype=np.float32),
+    "scale": np.array(0.75, dtype=np.float32),
+    "none": np.zeros((0, 3), dtype=np.float32),
+}
+"""What the frames hold: values on the grid of int8, so that its rounding leaves nothing to chance, and tensors too
+small for any encoding but float32."""
+
+
+def vectors() -> dict[str, str]:
+    """The wire bytes of every sample, in hex."""
+    found = {f"msgpack/{name}": messages.encode_msgpack(message) for name, message in MSGPACK.items()}
+    found |= {f"json/{name}": messages.encode_json(message) for name, message in JSON.items()}
+    found["envelope/update_offer"] = signing.seal(
+        OFFER, purpose=signing.Purpose.AGENT, federation="home", sender="pi1", key=KEY
+    )
+    for encoding in ("float32", "float16", "int8"):
+        found[f"frame/{encoding}"] = codec.encode(TENSORS, encoding, np.random.default_rng())
+    return {name: data.hex() for name, data in found.items()}

@@ -1,0 +1,71 @@
+"""The bytes on the wire are those that were committed: a difference is a new protocol version, or a mistake.
+
+When it is on purpose: ``python -m tests.vectors.regenerate``, and say so in the changelog.
+"""
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import msgspec
+import numpy as np
+import pytest
+
+from federation.wire import codec, messages, signing
+from tests.vectors.samples import JSON, KEY, MSGPACK, OFFER, TENSORS, vectors
+
+COMMITTED: dict[str, str] = json.loads(Path(__file__).with_name("wire.json").read_text())
+
+
+def committed(name: str) -> bytes:
+    return bytes.fromhex(COMMITTED[name])
+
+
+def structs_in(value: Any) -> Iterator[type]:
+    if isinstance(value, msgspec.Struct):
+        yield type(value)
+        for field in type(value).__struct_fields__:
+            yield from structs_in(getattr(value, field))
+
+
+@pytest.mark.parametrize("name", sorted(vectors().keys() | COMMITTED.keys()))
+def test_bytes_are_those_committed(name: str) -> None:
+    assert vectors()[name] == COMMITTED[name]
+
+
+@pytest.mark.parametrize("name", MSGPACK)
+def test_committed_msgpack_is_still_understood(name: str) -> None:
+    message = MSGPACK[name]
+    assert messages.decode_msgpack(committed(f"msgpack/{name}"), type(message)) == message
+
+
+@pytest.mark.parametrize("name", JSON)
+def test_committed_json_is_still_understood(name: str) -> None:
+    message = JSON[name]
+    assert messages.decode_json(committed(f"json/{name}"), type(message)) == message
+
+
+def test_committed_envelope_is_still_accepted() -> None:
+    body = signing.unseal(
+        committed("envelope/update_offer"),
+        messages.UpdateOffer,
+        purpose=signing.Purpose.AGENT,
+        federation="home",
+        sender="pi1",
+        key=KEY.public_key(),
+    )
+    assert body == OFFER
+
+
+@pytest.mark.parametrize("encoding", ["float32", "float16", "int8"])
+def test_committed_frame_is_still_decoded(encoding: str) -> None:
+    decoded = codec.decode(committed(f"frame/{encoding}"), codec.schema_of(TENSORS), encoding)
+    for name, array in TENSORS.items():
+        assert np.allclose(decoded[name], array, rtol=2.0**-11, atol=0), name
+
+
+def test_every_message_has_a_sample() -> None:
+    sampled = {kind for message in (*MSGPACK.values(), *JSON.values()) for kind in structs_in(message)}
+    kinds = messages.Wire.__subclasses__()
+    assert sampled == {kind for kind in kinds if kind.__module__ == messages.__name__}
