@@ -2,6 +2,7 @@
 
 import numpy as np
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
+from numpy.typing import NDArray
 
 from federation.errors import Rejection
 from federation.wire import codec, messages, signing, transfer
@@ -88,7 +89,7 @@ JSON: dict[str, messages.Wire] = {
 }
 """Messages that are sent as JSON."""
 
-TENSORS = {
+TENSORS: dict[str, NDArray[np.float32]] = {
     "fc.weight": (np.arange(-126, 128, 11, dtype=np.float32) / 256).reshape(4, 6),
     "fc.bias": np.array([1e-3, -2e-3], dtype=np.float32),
     "scale": np.array(0.75, dtype=np.float32),
