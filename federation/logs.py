@@ -4,8 +4,6 @@ import logging
 import sys
 from typing import Literal
 
-import structlog
-
 LogFormat = Literal["auto", "console", "json"]
 
 
@@ -16,6 +14,8 @@ def configure(*, level: str = "info", form: LogFormat = "auto") -> None:
         level: ``debug``, ``info``, ``warning`` or ``error``.
         form: ``auto`` chooses ``console`` when stderr is a terminal.
     """
+    import structlog  # `edge-agent infer` never logs, and this is 8 MB of its memory
+
     console = form == "console" or (form == "auto" and sys.stderr.isatty())
     renderer: structlog.typing.Processor = (
         # rich, where it is installed, would print local variables too: keys and tensors have no place in a log

@@ -12,19 +12,10 @@ from linear_model import make_model
 from PIL import Image
 
 RUN = """
-import typer
-from edge_agent.inference.command import infer
-from federation.cli import new_app, run
-
-app = new_app("test")
-app.command()(infer)
-
-@app.callback()
-def commands() -> None:
-    pass
+from edge_agent.cli import main
 
 try:
-    run(app)
+    main()
 finally:
     import os, sys
     if report := os.environ.get("REPORT"):
