@@ -90,7 +90,7 @@ JSON: dict[str, messages.Wire] = {
 """Messages that are sent as JSON."""
 
 TENSORS: dict[str, NDArray[np.float32]] = {
-    "fc.weight": (np.arange(-126, 128, 11, dtype=np.float32) / 256).reshape(4, 6),
+    "fc.weight": (np.arange(-126, 128, 11) / 256).astype(np.float32).reshape(4, 6),
     "fc.bias": np.array([1e-3, -2e-3], dtype=np.float32),
     "scale": np.array(0.75, dtype=np.float32),
     "none": np.zeros((0, 3), dtype=np.float32),
