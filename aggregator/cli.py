@@ -192,6 +192,7 @@ def demo(
 def root(
     version: Annotated[bool, typer.Option("--version", help="Print the version.")] = False,
 ) -> None:
+    configure(level="warning")
     if version:
         typer.echo(__version__)
         raise typer.Exit

@@ -16,6 +16,7 @@ from rich.console import Console, Group
 from rich.live import Live
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
+from aggregator.broker import EmbeddedBroker
 from aggregator.enrolment import Enrolment
 from aggregator.status import Report, agents_table, collect, rounds_table
 from federation.bundle import write_bundle
@@ -138,14 +139,14 @@ def _start(processes: Processes, *, data: str, folder: Path, agents: int, rounds
     names = [f"agent-{number}" for number in range(1, agents + 1)]
     threads = max(1, (os.cpu_count() or 1) // agents)
     enrolment = Enrolment(state, FEDERATION)
-    port = _free_port()
+    broker = EmbeddedBroker(enrolment, port=_free_port())
     for name in names:
-        write_bundle(folder / f"{name}.bundle.json", enrolment.enroll(name, broker_url=_url(port)))
+        write_bundle(folder / f"{name}.bundle.json", enrolment.enroll(name, broker_url=broker.url))
     processes.start(
         "aggregator",
         *_python("aggregator.cli", "serve", "--federation", FEDERATION, "--state", str(state)),
-        *("--listen", f"127.0.0.1:{port}", "--holdout", data, "--rounds", str(rounds)),
-        *("--min-agents", str(agents), "--cohort-size", str(agents), "--epochs", "2", "--lr", "0.02"),
+        *("--listen", f"{broker.host}:{broker.port}", "--holdout", data, "--rounds", str(rounds)),
+        *("--min-agents", str(agents), "--cohort-size", str(agents), "--epochs", "4", "--lr", "0.05"),
         threads=1,
     )
     for number, name in enumerate(names, start=1):
@@ -219,10 +220,6 @@ def _conclude(console: Console, report: Report, folder: Path, model: Path, secon
 
 def _python(module: str, *arguments: str) -> list[str]:
     return [sys.executable, "-m", module, *arguments]
-
-
-def _url(port: int) -> str:
-    return f"mqtt://127.0.0.1:{port}?version=3"
 
 
 def _free_port() -> int:

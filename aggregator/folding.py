@@ -23,20 +23,13 @@ def keep_update(partial: PartialObject, target: Path, schema: Schema, encoding: 
     """
     finished = partial.finish(partial.path.with_suffix(".whole"))
     try:
-        with finished.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
-            view = memoryview(data)
-            try:
-                _check(view, schema, encoding, limits)
-            finally:
-                view.release()
+        with finished.open("rb") as file:
+            # Not closed by hand: decoded arrays, and the traceback of a refusal, are views into the map.
+            data = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+        check_update(memoryview(data), schema, encoding, limits)
         move_durably(finished, target)
     finally:
         finished.unlink(missing_ok=True)
-
-
-def _check(view: memoryview, schema: Schema, encoding: str, limits: Limits) -> None:
-    # In a function of its own: the arrays are views into the map, and must be gone before it is closed.
-    check_update(view, schema, encoding, limits)
 
 
 @dataclass(frozen=True, slots=True)

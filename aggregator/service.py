@@ -229,11 +229,10 @@ class Service:
                 return [Evaluated(self._keep_metrics(number, metrics, seconds))]
             case _WorkFailed(error):
                 raise error
-            case Connected(limits):
-                log.info("broker_connected", protocol=limits.protocol, max_packet_bytes=limits.max_packet_bytes)
+            case Connected():
                 self._subscribe(now)
-            case Disconnected(reason):
-                log.warning("broker_lost", reason=reason, remedy="reconnecting by itself; the round goes on")
+            case Disconnected():
+                pass  # the link has said why, and goes on trying; the round goes on without it
             case Overflow(dropped):
                 log.warning("inbox_overflowed", dropped=dropped, remedy="agents repeat what was lost")
                 self._subscribe(now)

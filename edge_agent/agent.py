@@ -211,16 +211,14 @@ class Agent:
                 self._message(item, now)
             case BaseReady() | UpdateReady() | WorkFailed():
                 self._feed(item, now)
-            case Connected(limits):
+            case Connected():
                 self._ever_connected = True
-                log.info("broker_connected", broker=self._bundle.broker, protocol=limits.protocol)
                 self._subscribe()
                 self._cache.reconnected(now)
                 self._feed(LinkUp(), now)
             case Disconnected(reason, refused):
                 if refused and not self._ever_connected:
                     raise BrokerRefusedError(reason)
-                log.warning("broker_lost", reason=reason, remedy="reconnecting by itself; work goes on")
             case Overflow(dropped):
                 log.warning("inbox_overflowed", dropped=dropped, remedy="what was lost is asked for again")
                 self._subscribe()
@@ -356,13 +354,6 @@ class Agent:
             )
         _, base = read_checkpoint(self._cache.path(plan.base.sha256))
         trained = self._trainer.train(base, plan, self._name, cancel.is_set)
-        log.info(
-            "training_done",
-            round=plan.round,
-            samples=trained.samples,
-            loss=round(trained.metrics.loss, 4),
-            train_s=round(trained.metrics.train_s, 2),
-        )
         del base
         chunk_bytes = min(plan.upload_chunk_bytes, self._link.limits.max_packet_bytes - PACKET_OVERHEAD_BYTES)
         return self._outbox.put(

@@ -79,6 +79,7 @@ def default_state(bundle: Path) -> Path:
 def root(
     version: Annotated[bool, typer.Option("--version", help="Print the version.")] = False,
 ) -> None:
+    configure(level="warning")
     if version:
         typer.echo(__version__)
         raise typer.Exit
