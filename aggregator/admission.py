@@ -97,9 +97,13 @@ def check_round(message: AgentMessage, agent: str, state: OpenRound) -> None:
     if message.run != state.run:
         raise PeerError(Rejection.WRONG_RUN, f"run {message.run}, this is run {state.run}")
     if message.round < state.round:
-        raise PeerError(Rejection.STALE_ROUND, f"round {message.round} is closed, this is round {state.round}")
+        raise PeerError(
+            Rejection.STALE_ROUND, f"round {message.round} is closed, this is round {state.round}"
+        )
     if message.round > state.round:
-        raise PeerError(Rejection.FUTURE_ROUND, f"round {message.round} has not begun, this is round {state.round}")
+        raise PeerError(
+            Rejection.FUTURE_ROUND, f"round {message.round} has not begun, this is round {state.round}"
+        )
     if not state.open:
         raise PeerError(Rejection.LATE, f"round {message.round} takes no further update")
     if agent not in state.cohort:
@@ -116,26 +120,38 @@ def check_offer(offer: UpdateOffer, agent: str, state: OpenRound, limits: Limits
         PeerError: The codes of :func:`check_round`, and ``duplicate``, ``wrong_base``, ``wrong_encoding``,
             ``wrong_length`` or ``bad_sample_count``.
     """
-    if offer.run == state.run and offer.round == state.round and state.accepted.get(agent) == offer.object.sha256:
+    if (
+        offer.run == state.run
+        and offer.round == state.round
+        and state.accepted.get(agent) == offer.object.sha256
+    ):
         return True
     check_round(offer, agent, state)
     if agent in state.accepted:
-        raise PeerError(Rejection.DUPLICATE, f"another update of {agent!r} already counts in round {offer.round}")
+        raise PeerError(
+            Rejection.DUPLICATE, f"another update of {agent!r} already counts in round {offer.round}"
+        )
     if offer.base != state.base:
-        raise PeerError(Rejection.WRONG_BASE, f"against model {offer.base[:12]}, this round's is {state.base[:12]}")
+        raise PeerError(
+            Rejection.WRONG_BASE, f"against model {offer.base[:12]}, this round's is {state.base[:12]}"
+        )
     if offer.encoding != state.encoding:
         raise PeerError(Rejection.WRONG_ENCODING, f"{offer.encoding!r}, this round's is {state.encoding!r}")
     bound = max_encoded_bytes(state.schema, state.encoding)
     if offer.object.length > bound:
         raise PeerError(
-            Rejection.WRONG_LENGTH, f"{offer.object.length} bytes, an update of this model has at most {bound}"
+            Rejection.WRONG_LENGTH,
+            f"{offer.object.length} bytes, an update of this model has at most {bound}",
         )
     if offer.object.chunk_bytes > state.upload_chunk_bytes:
         raise PeerError(
-            Rejection.WRONG_LENGTH, f"chunks of {offer.object.chunk_bytes} bytes, at most {state.upload_chunk_bytes}"
+            Rejection.WRONG_LENGTH,
+            f"chunks of {offer.object.chunk_bytes} bytes, at most {state.upload_chunk_bytes}",
         )
     if offer.samples > limits.max_samples:
-        raise PeerError(Rejection.BAD_SAMPLE_COUNT, f"{offer.samples} samples, at most {limits.max_samples} are believed")
+        raise PeerError(
+            Rejection.BAD_SAMPLE_COUNT, f"{offer.samples} samples, at most {limits.max_samples} are believed"
+        )
     return False
 
 
@@ -158,7 +174,9 @@ def check_update(
     """
     delta = decode(data, schema, encoding)
     if limits.max_norm:
-        norm = math.sqrt(sum(float(np.dot(flat, flat)) for flat in (array.ravel() for array in delta.values())))
+        norm = math.sqrt(
+            sum(float(np.dot(flat, flat)) for flat in (array.ravel() for array in delta.values()))
+        )
         if norm > limits.max_norm:
             raise PeerError(Rejection.NORM_TOO_LARGE, f"L2 norm {norm:.4g}, at most {limits.max_norm:.4g}")
     return delta

@@ -98,7 +98,7 @@ def spawn(executable: Path, files: BrokerFiles) -> subprocess.Popen[bytes]:
     # What it says before its log is open, and whatever a crash prints. A session of its own keeps Ctrl-C from
     # killing the broker before the aggregator has said goodbye on it.
     with files.stderr.open("wb") as stderr:
-        child = subprocess.Popen(  # noqa: S603  # our own executable and configuration
+        child = subprocess.Popen(  # our own executable and configuration
             command, stdin=subprocess.DEVNULL, stdout=stderr, stderr=stderr, start_new_session=True
         )
     try:

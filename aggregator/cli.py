@@ -18,16 +18,25 @@ from federation.logs import LogFormat, configure
 
 app = new_app("Serve a federation: rounds over MQTT, averaging, checkpoints.")
 
-ConfigOption = Annotated[Path | None, typer.Option("--config", "-c", help="TOML file; `aggregator init` writes one.")]
+ConfigOption = Annotated[
+    Path | None, typer.Option("--config", "-c", help="TOML file; `aggregator init` writes one.")
+]
 StateOption = Annotated[str | None, typer.Option("--state", help="State folder (state_dir).")]
 FederationOption = Annotated[str | None, typer.Option("--federation", help="Name of the federation.")]
-BrokerOption = Annotated[str | None, typer.Option("--broker", help="`embedded`, mqtt://HOST or mqtts://HOST (broker.url).")]
-ListenOption = Annotated[str | None, typer.Option("--listen", help="Where the embedded broker listens, ADDRESS:PORT.")]
+BrokerOption = Annotated[
+    str | None, typer.Option("--broker", help="`embedded`, mqtt://HOST or mqtts://HOST (broker.url).")
+]
+ListenOption = Annotated[
+    str | None, typer.Option("--listen", help="Where the embedded broker listens, ADDRESS:PORT.")
+]
 SetOption = Annotated[
-    list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Any other setting, e.g. --set rounds.quorum=0.7")
+    list[str] | None,
+    typer.Option("--set", metavar="KEY=VALUE", help="Any other setting, e.g. --set rounds.quorum=0.7"),
 ]
 LevelOption = Annotated[str, typer.Option("--log-level", help="debug, info, warning or error.")]
-FormatOption = Annotated[LogFormat, typer.Option("--log-format", help="console or json; auto looks at stderr.")]
+FormatOption = Annotated[
+    LogFormat, typer.Option("--log-format", help="console or json; auto looks at stderr.")
+]
 
 
 @app.command()
@@ -43,9 +52,7 @@ def init(
 
 
 @app.command()
-def config(
-    file: ConfigOption = None, settings: SetOption = None
-) -> None:
+def config(file: ConfigOption = None, settings: SetOption = None) -> None:
     """Print the settings in effect, as TOML. Secrets are not shown."""
     effective = load(AggregatorConfig, file=file, secrets=SECRETS, flags=parse_settings(settings))
     typer.echo(to_toml(without_secrets(effective)), nl=False)
@@ -58,13 +65,26 @@ def serve(
     state: StateOption = None,
     broker: BrokerOption = None,
     listen: ListenOption = None,
-    model: Annotated[str | None, typer.Option("--model", help="cnn, a torchvision model, or package.module:factory.")] = None,
-    data: Annotated[str | None, typer.Option("--data", help="What the agents hold: mnist, cifar10, digits, or a data set.")] = None,
-    holdout: Annotated[str | None, typer.Option("--holdout", help="Evaluate each round on this data set, e.g. mnist:PATH.")] = None,
+    model: Annotated[
+        str | None, typer.Option("--model", help="cnn, a torchvision model, or package.module:factory.")
+    ] = None,
+    data: Annotated[
+        str | None,
+        typer.Option("--data", help="What the agents hold: mnist, cifar10, digits, or a data set."),
+    ] = None,
+    holdout: Annotated[
+        str | None, typer.Option("--holdout", help="Evaluate each round on this data set, e.g. mnist:PATH.")
+    ] = None,
     rounds: Annotated[int | None, typer.Option("--rounds", help="Rounds in this run (rounds.count).")] = None,
-    min_agents: Annotated[int | None, typer.Option("--min-agents", help="Agents that must be online.")] = None,
-    cohort_size: Annotated[int | None, typer.Option("--cohort-size", help="Agents per round; 0 is all.")] = None,
-    deadline_s: Annotated[float | None, typer.Option("--deadline", help="Seconds after which a round closes.")] = None,
+    min_agents: Annotated[
+        int | None, typer.Option("--min-agents", help="Agents that must be online.")
+    ] = None,
+    cohort_size: Annotated[
+        int | None, typer.Option("--cohort-size", help="Agents per round; 0 is all.")
+    ] = None,
+    deadline_s: Annotated[
+        float | None, typer.Option("--deadline", help="Seconds after which a round closes.")
+    ] = None,
     epochs: Annotated[int | None, typer.Option("--epochs", help="Local epochs per round.")] = None,
     batch_size: Annotated[int | None, typer.Option("--batch-size", help="Local batch size.")] = None,
     learning_rate: Annotated[float | None, typer.Option("--lr", help="Local learning rate.")] = None,
@@ -74,8 +94,8 @@ def serve(
     log_format: FormatOption = "auto",
 ) -> None:
     """Serve until the run is finished. Stop it at any moment: started again, it goes on with the same round."""
-    from aggregator.service import Service  # noqa: PLC0415: --help and `init` need not wait for it
-    from aggregator.startup import prepared  # noqa: PLC0415
+    from aggregator.service import Service
+    from aggregator.startup import prepared
 
     configure(level=log_level, form=log_format)
     flags = {
@@ -107,20 +127,26 @@ def serve(
 @app.command()
 def enroll(
     name: Annotated[str, typer.Argument(help="The device: a-z, 0-9, _ and -.")],
-    output: Annotated[Path | None, typer.Option("--output", "-o", help="Bundle to write; default NAME.bundle.json.")] = None,
-    replace: Annotated[bool, typer.Option("--replace", help="New keys for a name that is enrolled; its old bundle dies.")] = False,
+    output: Annotated[
+        Path | None, typer.Option("--output", "-o", help="Bundle to write; default NAME.bundle.json.")
+    ] = None,
+    replace: Annotated[
+        bool, typer.Option("--replace", help="New keys for a name that is enrolled; its old bundle dies.")
+    ] = False,
     file: ConfigOption = None,
     federation: FederationOption = None,
     state: StateOption = None,
     broker: BrokerOption = None,
     listen: ListenOption = None,
-    advertise: Annotated[str | None, typer.Option("--advertise", help="Broker URL as the device sees it.")] = None,
+    advertise: Annotated[
+        str | None, typer.Option("--advertise", help="Broker URL as the device sees it.")
+    ] = None,
     settings: SetOption = None,
 ) -> None:
     """Give a device its identity and broker account: one file that it needs, to be kept secret."""
-    from aggregator.broker import reload_running  # noqa: PLC0415
-    from aggregator.enrolment import Enrolment  # noqa: PLC0415
-    from aggregator.startup import advertised_url, ca_pem  # noqa: PLC0415
+    from aggregator.broker import reload_running
+    from aggregator.enrolment import Enrolment
+    from aggregator.startup import advertised_url, ca_pem
 
     flags = {
         "federation": federation,
@@ -140,7 +166,9 @@ def enroll(
     write_bundle(target, bundle)
     reload_running(Path(effective.state_dir))
     typer.echo(f"wrote {target} (secret; broker {url})")
-    typer.echo(f"next: copy it to the device, then there: edge-agent run {target.name} --data imagefolder:PATH")
+    typer.echo(
+        f"next: copy it to the device, then there: edge-agent run {target.name} --data imagefolder:PATH"
+    )
 
 
 @app.command()
@@ -151,8 +179,8 @@ def revoke(
     state: StateOption = None,
 ) -> None:
     """Take a device's identity and broker account away."""
-    from aggregator.broker import reload_running  # noqa: PLC0415
-    from aggregator.enrolment import Enrolment  # noqa: PLC0415
+    from aggregator.broker import reload_running
+    from aggregator.enrolment import Enrolment
 
     flags = {"federation": federation, "state_dir": state}
     effective = load(AggregatorConfig, file=file or _served(state), secrets=SECRETS, flags=flags)
@@ -163,12 +191,14 @@ def revoke(
 
 @app.command()
 def status(
-    state: Annotated[Path | None, typer.Argument(help="State folder; default from the configuration.")] = None,
+    state: Annotated[
+        Path | None, typer.Argument(help="State folder; default from the configuration.")
+    ] = None,
     file: ConfigOption = None,
     as_json: Annotated[bool, typer.Option("--json", help="For programs.")] = False,
 ) -> None:
     """Show rounds, agents and refusals, of a server that runs or has run."""
-    from aggregator.status import collect, render  # noqa: PLC0415
+    from aggregator.status import collect, render
 
     folder = state or Path(load(AggregatorConfig, file=file).state_dir)
     report = collect(folder)
@@ -177,13 +207,19 @@ def status(
 
 @app.command()
 def demo(
-    data: Annotated[str, typer.Option("--data", help="digits (built in), mnist:PATH or another data set.")] = "digits",
-    folder: Annotated[Path, typer.Option("--folder", help="Where everything goes; replaced.")] = Path("fedge-demo"),
-    agents: Annotated[int, typer.Option("--agents", min=2, max=20, help="Agents, each a process of its own.")] = 3,
+    data: Annotated[
+        str, typer.Option("--data", help="digits (built in), mnist:PATH or another data set.")
+    ] = "digits",
+    folder: Annotated[Path, typer.Option("--folder", help="Where everything goes; replaced.")] = Path(
+        "fedge-demo"
+    ),
+    agents: Annotated[
+        int, typer.Option("--agents", min=2, max=20, help="Agents, each a process of its own.")
+    ] = 3,
     rounds: Annotated[int, typer.Option("--rounds", min=1, help="Rounds.")] = 8,
 ) -> None:
     """Run a whole federation on this machine: broker, server, agents, ONNX export, inference."""
-    from aggregator.demo import run_demo  # noqa: PLC0415
+    from aggregator.demo import run_demo
 
     run_demo(data=data, folder=folder, agents=agents, rounds=rounds)
 
@@ -192,6 +228,7 @@ def demo(
 def root(
     version: Annotated[bool, typer.Option("--version", help="Print the version.")] = False,
 ) -> None:
+    """Set up what all commands share."""
     configure(level="warning")
     if version:
         typer.echo(__version__)

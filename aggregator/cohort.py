@@ -19,7 +19,7 @@ def sample_cohort(eligible: Collection[str], size: int, *, seed: int, round_numb
     Returns:
         The cohort, sorted by name.
     """
-    draw = random.Random(f"{seed}/{round_number}")  # noqa: S311: a fair draw, not a secret
+    draw = random.Random(f"{seed}/{round_number}")  # noqa: S311 - a fair draw, not a secret
     return tuple(sorted(draw.sample(sorted(eligible), min(size, len(eligible)))))
 
 

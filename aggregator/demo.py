@@ -49,7 +49,7 @@ class Processes:
         environment = os.environ | {"OMP_NUM_THREADS": str(threads), "PYTHONUNBUFFERED": "1"}
         with (self.logs / f"{name}.log").open("wb") as log:
             # A session of its own: Ctrl-C reaches the demo, which then stops the children in order.
-            self.running[name] = subprocess.Popen(  # noqa: S603: our own commands
+            self.running[name] = subprocess.Popen(
                 command, stdout=log, stderr=subprocess.STDOUT, env=environment, start_new_session=True
             )
 
@@ -102,7 +102,9 @@ def run_demo(*, data: str, folder: Path, agents: int, rounds: int) -> None:
     _fresh(folder)
     state, logs = folder / "aggregator", folder / "logs"
     with _processes(logs) as processes:
-        console.print(f"[bold]fedge demo[/]: {agents} agents learn [bold]{data}[/] together; the data stays with each.")
+        console.print(
+            f"[bold]fedge demo[/]: {agents} agents learn [bold]{data}[/] together; the data stays with each."
+        )
         _start(processes, data=data, folder=folder, agents=agents, rounds=rounds)
         report = _watch(console, processes, state, rounds)
         processes.stop()
@@ -161,7 +163,11 @@ def _start(processes: Processes, *, data: str, folder: Path, agents: int, rounds
 
 def _watch(console: Console, processes: Processes, state: Path, rounds: int) -> Report:
     progress = Progress(
-        TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), console=console
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeElapsedColumn(),
+        console=console,
     )
     task = progress.add_task("starting the processes", total=rounds)
     began = time.monotonic()
@@ -171,7 +177,9 @@ def _watch(console: Console, processes: Processes, state: Path, rounds: int) -> 
             processes.check()
             waited = time.monotonic() - began
             if waited > RUN_TIMEOUT_S or (waited > START_TIMEOUT_S and not (report and report.rounds)):
-                raise ConfigError(f"the demo stands still after {waited:.0f} s:\n{processes.tail('aggregator')}")
+                raise ConfigError(
+                    f"the demo stands still after {waited:.0f} s:\n{processes.tail('aggregator')}"
+                )
             if (state / "store.sqlite").exists():
                 report = collect(state)
                 closed = sum(row.phase == "closed" for row in report.rounds)
@@ -189,21 +197,25 @@ def _watch(console: Console, processes: Processes, state: Path, rounds: int) -> 
 
 def _unseen_images(data: str, folder: Path) -> Path:
     """Write a few held-out images as files, as a camera would leave them."""
-    from federation.task.data import write_samples  # noqa: PLC0415: torch, only here
+    from federation.task.data import write_samples
 
     return write_samples(data, folder, count=8)
 
 
 def _show(console: Console, module: str, *arguments: str) -> None:
-    done = subprocess.run(_python(module, *arguments), check=False, capture_output=True, text=True)  # noqa: S603: our own
+    done = subprocess.run(_python(module, *arguments), check=False, capture_output=True, text=True)
     if done.returncode:
-        raise FedgeError(f"{module} {' '.join(arguments)} ended with exit code {done.returncode}: {done.stderr.strip()}")
+        raise FedgeError(
+            f"{module} {' '.join(arguments)} ended with exit code {done.returncode}: {done.stderr.strip()}"
+        )
     console.print(done.stdout.rstrip(), markup=False, highlight=False)
 
 
 def _conclude(console: Console, report: Report, folder: Path, model: Path, seconds: float) -> None:
     last = report.rounds[-1]
-    accuracy = "" if last.accuracy is None else f" to [bold]{last.accuracy:.1%}[/] on images that no agent has seen"
+    accuracy = (
+        "" if last.accuracy is None else f" to [bold]{last.accuracy:.1%}[/] on images that no agent has seen"
+    )
     sent = sum(row.bytes_up for row in report.rounds) / 1e6
     console.print(
         f"\n[bold]Done[/] in {seconds:.0f} s: {last.delivered} agents trained one model in {last.round} rounds{accuracy}.\n"

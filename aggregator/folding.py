@@ -9,7 +9,8 @@ from pathlib import Path
 from aggregator.admission import Limits, check_update
 from aggregator.store import Store, StoredUpdate, move_durably
 from aggregator.strategies import Accumulator, Strategy
-from federation.task.checkpoint import CheckpointInfo, HoldOutMetrics, checkpoint_bytes, read_checkpoint
+from federation.task.checkpoint import CheckpointInfo, checkpoint_bytes, read_checkpoint
+from federation.task.model_card import HoldOutMetrics
 from federation.wire.codec import Schema, decode
 from federation.wire.objects import PartialObject
 
@@ -45,7 +46,9 @@ class FoldResult:
     seconds: float
 
 
-def fold(store: Store, info: CheckpointInfo, updates: Mapping[str, StoredUpdate], encoding: str, strategy: Strategy) -> FoldResult:
+def fold(
+    store: Store, info: CheckpointInfo, updates: Mapping[str, StoredUpdate], encoding: str, strategy: Strategy
+) -> FoldResult:
     """Average ``updates`` into the model of the round before ``info.round``, and write the new checkpoint.
 
     The updates are added in the order of the mapping, one in memory at a time, so equal updates give equal bits.
@@ -79,8 +82,8 @@ class Evaluator:
     """
 
     def __init__(self, data_spec: str, info: CheckpointInfo) -> None:
-        from federation.task.data import open_data  # noqa: PLC0415: torch only where there is a hold-out set
-        from federation.task.models import build  # noqa: PLC0415
+        from federation.task.data import open_data
+        from federation.task.models import build
 
         self._data = open_data(data_spec, info.task, train=False)
         self._model = build(info.task)
@@ -91,8 +94,8 @@ class Evaluator:
         Returns:
             The metrics, and the seconds that it took.
         """
-        from federation.task.evaluate import evaluate  # noqa: PLC0415
-        from federation.task.models import load_arrays  # noqa: PLC0415
+        from federation.task.evaluate import evaluate
+        from federation.task.models import load_arrays
 
         began = time.monotonic()
         _, arrays = read_checkpoint(checkpoint)

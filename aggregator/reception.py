@@ -103,7 +103,7 @@ class Reception:
         """Grant again what was lost."""
         self._carry_out(self._credits.tick(now))
 
-    def gone(self, agent: str, now: float) -> None:
+    def gone(self, agent: str) -> None:
         """The agent is offline: give its place to another. What it has sent is kept."""
         self._carry_out(self._credits.gone(agent))
         upload = self._uploads.pop(agent, None)
@@ -180,7 +180,9 @@ class Reception:
             return [AgentOut(agent)] if offer.round == state.round else []
         try:
             check_offer(offer, agent, state, self._limits)
-        except PeerError as error:  # the round was closed, or another one opened, while this was being checked
+        except (
+            PeerError
+        ) as error:  # the round was closed, or another one opened, while this was being checked
             self._refuse(agent, offer, error, now)
             return []
         if result.error is not None:
@@ -212,7 +214,9 @@ class Reception:
         offer, state = upload.offer, self._require_state()
         self._checking[agent] = offer.object.sha256
         target = self._store.update_path(offer.round, agent)
-        future = self._executor.submit(keep_update, upload.partial, target, state.schema, state.encoding, self._limits)
+        future = self._executor.submit(
+            keep_update, upload.partial, target, state.schema, state.encoding, self._limits
+        )
 
         def hand_back(done: Future[None]) -> None:
             self._post(Checked(agent, offer, done.exception()))
@@ -235,7 +239,11 @@ class Reception:
             detail=error.detail[:1000] if error else "",
         )
         sealed = seal(
-            receipt, purpose=Purpose.RECEIPT, federation=self._topics.federation, sender=AGGREGATOR, key=self._key
+            receipt,
+            purpose=Purpose.RECEIPT,
+            federation=self._topics.federation,
+            sender=AGGREGATOR,
+            key=self._key,
         )
         self._send(self._topics.receipt(agent), sealed)
 
@@ -264,5 +272,3 @@ class Reception:
         if self._state is None:
             raise PeerError(Rejection.FUTURE_ROUND, "no round has been opened yet")
         return self._state
-
-

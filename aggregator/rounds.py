@@ -195,7 +195,9 @@ class Rounds:
     _deadline: float = 0.0
     _enough_since: float | None = None
 
-    def start(self, now: float, record: RoundRecord | None = None, *, evaluate_first: bool = False) -> list[Command]:
+    def start(
+        self, now: float, record: RoundRecord | None = None, *, evaluate_first: bool = False
+    ) -> list[Command]:
         """Begin, or go on with the round that was in progress.
 
         Args:
@@ -267,7 +269,9 @@ class Rounds:
             return None if self._enough_since is None else self._enough_since + self.config.gather_s
         if self.phase is Phase.OPEN:
             graces = (
-                self._offline_since[agent] + self.config.grace_s for agent in self._pending() if agent in self._offline_since
+                self._offline_since[agent] + self.config.grace_s
+                for agent in self._pending()
+                if agent in self._offline_since
             )
             return min([self._deadline, *(grace for grace in graces)])
         return None
@@ -351,7 +355,11 @@ class Rounds:
         target, patience = self.config.target_accuracy, self.config.patience
         if target and best >= target:
             return f"reached the target accuracy: {best:.2%} of {target:.2%}"
-        if patience and self.accuracies and len(self.accuracies) - 1 - self.accuracies.index(best) >= patience:
+        if (
+            patience
+            and self.accuracies
+            and len(self.accuracies) - 1 - self.accuracies.index(best) >= patience
+        ):
             return f"no better accuracy than {best:.2%} in {patience} rounds"
         if self.round >= self.config.count:
             return f"all {self.config.count} rounds done"

@@ -52,7 +52,9 @@ class Seeder:
     def __init__(self, link: Link, topics: Topics, store: Store) -> None:
         self._link, self._topics, self._store = link, topics, store
         self._wanted: deque[_Seeded] = deque(maxlen=OBJECTS_KEPT)
-        self._stale: list[ObjectRef] = msgspec.json.decode(store.recall(_MEMORY_KEY) or "[]", type=list[ObjectRef])
+        self._stale: list[ObjectRef] = msgspec.json.decode(
+            store.recall(_MEMORY_KEY) or "[]", type=list[ObjectRef]
+        )
         self._present: set[str] = set()
         # Published over an earlier connection, perhaps by an earlier process: the broker may or may not hold it.
         self._doubtful = {ref.sha256 for ref in self._stale}
@@ -98,7 +100,9 @@ class Seeder:
             try:
                 self._bring_up_to_date()
             except TransportError as error:
-                log.warning("seeding_interrupted", reason=str(error), remedy="it goes on after the next connect")
+                log.warning(
+                    "seeding_interrupted", reason=str(error), remedy="it goes on after the next connect"
+                )
             except (FedgeError, OSError) as error:
                 log.error("seeding_failed", reason=str(error))
 
@@ -115,7 +119,11 @@ class Seeder:
         for ref in stale:
             for index in range(ref.chunks):
                 self._link.publish_bulk(
-                    self._topics.object_chunk(ref.sha256, index), b"", qos=1, retain=True, timeout_s=PUBLISH_TIMEOUT_S
+                    self._topics.object_chunk(ref.sha256, index),
+                    b"",
+                    qos=1,
+                    retain=True,
+                    timeout_s=PUBLISH_TIMEOUT_S,
                 )
             with self._guard:
                 self._stale.remove(ref)
@@ -141,4 +149,6 @@ class Seeder:
                 retain=True,
                 timeout_s=PUBLISH_TIMEOUT_S,
             )
-        log.info("model_seeded", object=seeded.ref.sha256[:12], bytes=seeded.ref.length, chunks=seeded.ref.chunks)
+        log.info(
+            "model_seeded", object=seeded.ref.sha256[:12], bytes=seeded.ref.length, chunks=seeded.ref.chunks
+        )

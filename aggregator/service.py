@@ -41,7 +41,8 @@ from aggregator.seeding import Seeder
 from aggregator.store import Store
 from aggregator.strategies import FedAvg
 from federation.errors import PeerError
-from federation.task.checkpoint import CheckpointInfo, HoldOutMetrics, read_checkpoint
+from federation.task.checkpoint import CheckpointInfo, read_checkpoint
+from federation.task.model_card import HoldOutMetrics
 from federation.wire.address import BrokerAddress
 from federation.wire.link import Connected, Disconnected, Inbox, Link, LinkFailed, Message, Overflow, Will
 from federation.wire.messages import (
@@ -102,13 +103,20 @@ class Service:
     """
 
     def __init__(
-        self, config: AggregatorConfig, store: Store, enrolment: Enrolment, task: TaskSpec, address: BrokerAddress
+        self,
+        config: AggregatorConfig,
+        store: Store,
+        enrolment: Enrolment,
+        task: TaskSpec,
+        address: BrokerAddress,
     ) -> None:
         self._config, self._store, self._enrolment, self._task = config, store, enrolment, task
         self._topics = Topics(config.federation)
         self._session = secrets.token_hex(8)
         self._inbox = Inbox()
-        will = Will(self._topics.aggregator, encode_json(AggregatorState(state="offline", session=self._session)))
+        will = Will(
+            self._topics.aggregator, encode_json(AggregatorState(state="offline", session=self._session))
+        )
         self._link = Link(
             address, f"{config.federation}-aggregator-{self._session}", on_event=self._inbox.put, will=will
         )
@@ -188,7 +196,13 @@ class Service:
         delivered = tuple(self._store.updates(row.round))
         # The wall clock may have been set since: never wait longer than a whole deadline.
         remaining = min(row.deadline_at - time.time(), self._config.rounds.deadline_s)
-        log.info("round_resumed", round=row.round, attempt=row.attempt, delivered=len(delivered), cohort=len(row.cohort))
+        log.info(
+            "round_resumed",
+            round=row.round,
+            attempt=row.attempt,
+            delivered=len(delivered),
+            cohort=len(row.cohort),
+        )
         return RoundRecord(row.round, row.attempt, row.cohort, delivered, row.phase == "folding", remaining)
 
     def _prepare_evaluation(self) -> None:
@@ -200,7 +214,10 @@ class Service:
 
     def _turn(self) -> None:
         now = time.monotonic()
-        due = [self._state_due, *(at for at in (self._rounds.next_wakeup(), self._reception.next_wakeup()) if at is not None)]
+        due = [
+            self._state_due,
+            *(at for at in (self._rounds.next_wakeup(), self._reception.next_wakeup()) if at is not None),
+        ]
         item = self._inbox.get(max(0.0, min(due) - now))
         now = time.monotonic()
         if item is None:
@@ -267,7 +284,7 @@ class Service:
             return []
         match topic.kind:
             case "state" if message.payload:
-                return self._agent_state(topic.agent, message.payload, now)
+                return self._agent_state(topic.agent, message.payload)
             case "offer":
                 return self._reception.message(topic.agent, message.payload, now)
             case "chunk":
@@ -285,7 +302,7 @@ class Service:
         if self._sessions.get(agent) == telemetry.session:
             self._store.record_telemetry(agent, telemetry)
 
-    def _agent_state(self, agent: str, payload: bytes, now: float) -> list[Event]:
+    def _agent_state(self, agent: str, payload: bytes) -> list[Event]:
         if self._enrolment.key_of(agent) is None:
             log.debug("state_ignored", agent=agent, reason="not enrolled")
             return []
@@ -299,7 +316,7 @@ class Service:
                 return []  # the will of an earlier connection, or of an earlier life
             del self._sessions[agent]
             self._store.record_agent(agent, state)
-            self._reception.gone(agent, now)
+            self._reception.gone(agent)
             log.info("agent_offline", agent=agent)
             return [AgentOffline(agent)]
         if self._sessions.get(agent) == state.session:
@@ -310,7 +327,9 @@ class Service:
         if capabilities is None or capabilities.device == "none":
             return []
         if self._config.encoding not in capabilities.encodings:
-            log.warning("agent_ineligible", agent=agent, reason=f"cannot encode {self._config.encoding!r}: upgrade it")
+            log.warning(
+                "agent_ineligible", agent=agent, reason=f"cannot encode {self._config.encoding!r}: upgrade it"
+            )
             return []
         log.info("agent_online", agent=agent, device=capabilities.device, samples=capabilities.samples)
         return [AgentOnline(agent)]
@@ -339,7 +358,9 @@ class Service:
         if self._base is None or self._base[0] != path:
             self._base = path, ref_of_file(path, self._chunk_bytes())
         base = self._base[1]
-        self._store.open_round(command.round, command.attempt, command.cohort, base.sha256, command.deadline_s)
+        self._store.open_round(
+            command.round, command.attempt, command.cohort, base.sha256, command.deadline_s
+        )
         plan = RoundPlan(
             run=self._store.run,
             round=command.round,
@@ -370,7 +391,9 @@ class Service:
         self._publish_plan(plan)
         self._seeder.want(path, base)
         if command.attempt == 1:
-            log.info("round_opened", round=plan.round, cohort=len(plan.cohort), deadline_s=round(plan.deadline_s))
+            log.info(
+                "round_opened", round=plan.round, cohort=len(plan.cohort), deadline_s=round(plan.deadline_s)
+            )
         else:
             log.warning(
                 "round_extended",
@@ -388,7 +411,9 @@ class Service:
         updates = {agent: update for agent, update in self._store.updates(number).items() if agent in agents}
         info = CheckpointInfo(federation=self._config.federation, round=number, task=self._task)
         strategy = FedAvg(self._config.rounds.server_learning_rate)
-        self._submit(lambda: _FoldDone(number, fold(self._store, info, updates, self._config.encoding, strategy)))
+        self._submit(
+            lambda: _FoldDone(number, fold(self._store, info, updates, self._config.encoding, strategy))
+        )
 
     def _evaluate(self, number: int) -> None:
         evaluator = self._evaluator
@@ -404,12 +429,16 @@ class Service:
             return None
         self._store.write_metrics(number, metrics)
         self._store.record_evaluation(number, metrics.loss, metrics.accuracy, seconds)
-        log.info("round_evaluated", round=number, accuracy=round(metrics.accuracy, 4), loss=round(metrics.loss, 4))
+        log.info(
+            "round_evaluated", round=number, accuracy=round(metrics.accuracy, 4), loss=round(metrics.loss, 4)
+        )
         return metrics.accuracy
 
     def _idle(self, number: int, reason: str, *, finished: bool) -> None:
         self._publish_plan(
-            IdlePlan(run=self._store.run, round=number, finished=finished, reason=reason, issued_at=time.time())
+            IdlePlan(
+                run=self._store.run, round=number, finished=finished, reason=reason, issued_at=time.time()
+            )
         )
 
     def _publish_plan(self, plan: Plan) -> None:
@@ -419,7 +448,9 @@ class Service:
         self._link.publish(self._topics.plan, self._plan, qos=1, retain=True)
 
     def _chunk_bytes(self) -> int:
-        return min(self._config.broker.chunk_bytes, self._link.limits.max_packet_bytes - PACKET_OVERHEAD_BYTES)
+        return min(
+            self._config.broker.chunk_bytes, self._link.limits.max_packet_bytes - PACKET_OVERHEAD_BYTES
+        )
 
     def _submit(self, work: Callable[[], object]) -> None:
         def hand_back(done: Future[object]) -> None:

@@ -17,12 +17,13 @@ from federation.errors import ConfigError
 from federation.task.checkpoint import CheckpointInfo, checkpoint_bytes
 from federation.task.names import did_you_mean
 from federation.wire.address import BrokerAddress
-from federation.wire.codec import ENCODINGS
+from federation.wire.encodings import ENCODINGS
 from federation.wire.messages import TaskSpec
 
 log = structlog.get_logger()
 
 EMBEDDED = "embedded"
+LAST_PORT = 65535
 
 _TASK_KEY = "task"
 
@@ -66,7 +67,9 @@ def prepared(config: AggregatorConfig) -> Iterator[Ready]:
         broker.start()
         try:
             ca_file = Path(config.broker.ca_file) if config.broker.ca_file else None
-            yield Ready(store, enrolment, task, broker.address(enrolment.aggregator_account(), ca_file=ca_file))
+            yield Ready(
+                store, enrolment, task, broker.address(enrolment.aggregator_account(), ca_file=ca_file)
+            )
         finally:
             broker.stop()
 
@@ -79,15 +82,22 @@ def check(config: AggregatorConfig) -> None:
     """
     rounds = config.rounds
     if config.encoding not in ENCODINGS:
-        raise ConfigError(f"encoding {config.encoding!r} is not known{did_you_mean(config.encoding, ENCODINGS)}")
+        raise ConfigError(
+            f"encoding {config.encoding!r} is not known{did_you_mean(config.encoding, ENCODINGS)}"
+        )
     if rounds.cohort_size and rounds.cohort_size < rounds.min_agents:
         raise ConfigError(
             f"rounds.cohort_size is {rounds.cohort_size}, less than rounds.min_agents = {rounds.min_agents}: "
             "a round would close with fewer updates than the least that you ask for"
         )
-    for key, value in (("rounds.target_accuracy", rounds.target_accuracy), ("rounds.patience", rounds.patience)):
+    for key, value in (
+        ("rounds.target_accuracy", rounds.target_accuracy),
+        ("rounds.patience", rounds.patience),
+    ):
         if value and not config.task.holdout:
-            raise ConfigError(f"{key} is {value}, but there is nothing to measure accuracy on: set task.holdout")
+            raise ConfigError(
+                f"{key} is {value}, but there is nothing to measure accuracy on: set task.holdout"
+            )
 
 
 def settle_task(config: TaskConfig, store: Store) -> TaskSpec:
@@ -124,7 +134,7 @@ def derive_task(config: TaskConfig) -> TaskSpec:
     Raises:
         ConfigError: If they can be had neither from the settings nor from the data.
     """
-    from federation.task.data import task_from_data  # noqa: PLC0415: imports torchvision for most data sets
+    from federation.task.data import task_from_data
 
     source = config.data or config.holdout
     if source:
@@ -134,7 +144,7 @@ def derive_task(config: TaskConfig) -> TaskSpec:
         return msgspec.structs.replace(task, labels=config.labels) if config.labels else task
     if not (config.labels and config.channels and config.height and config.width):
         raise ConfigError(
-            "cannot tell what is to be learned: set task.data (for example \"mnist\" or \"imagefolder:PATH\") or "
+            "cannot tell what is to be learned: set task.data (for example 'mnist' or 'imagefolder:PATH') or "
             "task.holdout, or all of task.labels, task.channels, task.height and task.width"
         )
     middle = (0.5,) * config.channels
@@ -153,7 +163,7 @@ def write_initial_model(config: AggregatorConfig, store: Store, task: TaskSpec) 
     """Write the model that round 1 starts from, unless the run has begun already."""
     if store.rounds() or store.checkpoint_path(0).exists():
         return
-    from federation.task.models import build, state_arrays  # noqa: PLC0415: torch, once in the life of a run
+    from federation.task.models import build, state_arrays
 
     info = CheckpointInfo(federation=config.federation, round=0, task=task)
     arrays = state_arrays(build(task, seed=config.train.seed))
@@ -202,7 +212,7 @@ def advertised_url(config: AggregatorConfig, enrolment: Enrolment) -> str:
     if config.broker.url != EMBEDDED:
         return config.broker.url
     broker = embedded_broker(config, enrolment)
-    everywhere = broker.host in ("0.0.0.0", "::")  # noqa: S104: compared with, not bound to
+    everywhere = broker.host in ("0.0.0.0", "::")  # noqa: S104 - compared with, not bound to
     return broker.url_at(socket.getfqdn() if everywhere else broker.host)
 
 
@@ -222,6 +232,6 @@ def ca_pem(config: AggregatorConfig) -> str:
 
 def _listen(text: str) -> tuple[str, int]:
     host, separator, port = text.rpartition(":")
-    if not separator or not host or not port.isdecimal() or int(port) > 65535:  # noqa: PLR2004: the last TCP port
+    if not separator or not host or not port.isdecimal() or int(port) > LAST_PORT:
         raise ConfigError(f"broker.listen is {text!r}: write it as ADDRESS:PORT, for example 0.0.0.0:1883")
     return host.strip("[]"), int(port)

@@ -12,6 +12,7 @@ from aggregator.store import Store
 
 ROUNDS_SHOWN = 12
 REFUSALS_SHOWN = 8
+NAMES_SHOWN = 3
 
 
 class RoundStatus(msgspec.Struct, frozen=True):
@@ -127,17 +128,31 @@ def render(report: Report) -> str:
             counts = ", ".join(f"{code} {count}" for code, count in report.refusal_counts.items())
             console.print(f"refused: {counts}; the newest:")
             for row in report.refusals[:REFUSALS_SHOWN]:
-                console.print(f"  round {row['round']}  {row['agent']}  {row['code']}: {row['detail']}", markup=False)
+                console.print(
+                    f"  round {row['round']}  {row['agent']}  {row['code']}: {row['detail']}", markup=False
+                )
     return capture.get().rstrip("\n")
 
 
 def rounds_table(rounds: list[RoundStatus]) -> Table:
     """The rounds as a table."""
-    table = Table("round", "phase", "updates", "seconds", "training s", "KB up", "loss", "accuracy", box=None, pad_edge=False)
+    table = Table(
+        "round",
+        "phase",
+        "updates",
+        "seconds",
+        "training s",
+        "KB up",
+        "loss",
+        "accuracy",
+        box=None,
+        pad_edge=False,
+    )
     for row in rounds:
         phase = row.phase if row.attempt == 1 else f"{row.phase}, attempt {row.attempt}"
         if row.waiting_for:
-            phase += f": waiting for {', '.join(row.waiting_for[:3])}" + (" …" if len(row.waiting_for) > 3 else "")  # noqa: PLR2004: fits a line
+            phase += f": waiting for {', '.join(row.waiting_for[:NAMES_SHOWN])}"
+            phase += " …" if len(row.waiting_for) > NAMES_SHOWN else ""
         table.add_row(
             str(row.round),
             phase,
@@ -153,7 +168,19 @@ def rounds_table(rounds: list[RoundStatus]) -> Table:
 
 def agents_table(agents: list[dict[str, Any]]) -> Table:
     """The agents as a table."""
-    table = Table("agent", "state", "since", "device", "samples", "memory MB", "CPU %", "°C", "doing", box=None, pad_edge=False)
+    table = Table(
+        "agent",
+        "state",
+        "since",
+        "device",
+        "samples",
+        "memory MB",
+        "CPU %",
+        "°C",
+        "doing",
+        box=None,
+        pad_edge=False,
+    )
     for row in agents:
         able, health = row["capabilities"] or {}, row["telemetry"] or {}
         table.add_row(

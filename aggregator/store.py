@@ -29,7 +29,8 @@ import msgspec
 
 from federation.errors import ConfigError, Rejection
 from federation.files import disk_error, sync_folder, write_whole
-from federation.task.checkpoint import FOLDER, HoldOutMetrics, checkpoint_path
+from federation.task.checkpoint import FOLDER, checkpoint_path
+from federation.task.model_card import HoldOutMetrics
 from federation.wire.messages import AgentState, Capabilities, Telemetry, TrainMetrics, UpdateOffer
 
 SCHEMA_VERSION = 1
@@ -150,7 +151,9 @@ class Store:
         self.folder = folder
         database = folder / "store.sqlite"
         if not create and not database.exists():
-            raise ConfigError(f"{folder} is not the state folder of an aggregator: there is no {database.name} in it")
+            raise ConfigError(
+                f"{folder} is not the state folder of an aggregator: there is no {database.name} in it"
+            )
         try:
             for name in (FOLDER, "updates", "incoming"):
                 (folder / name).mkdir(parents=True, exist_ok=True)
@@ -200,7 +203,9 @@ class Store:
             fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             os.close(handle)
-            raise ConfigError(f"another aggregator is serving {self.folder}; stop it first, or use another state_dir") from None
+            raise ConfigError(
+                f"another aggregator is serving {self.folder}; stop it first, or use another state_dir"
+            ) from None
         self._lock_file = handle
 
     def close(self) -> None:
@@ -237,7 +242,10 @@ class Store:
     def remember(self, key: str, value: str) -> None:
         """Keep one fact of the run."""
         with self._transaction() as db:
-            db.execute("INSERT INTO meta VALUES (?, ?) ON CONFLICT (key) DO UPDATE SET value = excluded.value", (key, value))
+            db.execute(
+                "INSERT INTO meta VALUES (?, ?) ON CONFLICT (key) DO UPDATE SET value = excluded.value",
+                (key, value),
+            )
 
     def recall(self, key: str) -> str | None:
         """Read a fact that was remembered."""
@@ -246,7 +254,9 @@ class Store:
 
     # --- rounds -------------------------------------------------------------------------------------------------
 
-    def open_round(self, number: int, attempt: int, cohort: tuple[str, ...], base: str, deadline_s: float) -> None:
+    def open_round(
+        self, number: int, attempt: int, cohort: tuple[str, ...], base: str, deadline_s: float
+    ) -> None:
         """Record that a round, or its next attempt, is open."""
         now = time.time()
         with self._transaction() as db:
@@ -266,7 +276,8 @@ class Store:
         """Record that the round's checkpoint is durable, and forget its updates' files."""
         with self._transaction() as db:
             db.execute(
-                "UPDATE rounds SET phase = 'closed', closed_at = ?, fold_s = ? WHERE round = ?", (time.time(), fold_s, number)
+                "UPDATE rounds SET phase = 'closed', closed_at = ?, fold_s = ? WHERE round = ?",
+                (time.time(), fold_s, number),
             )
         self.sweep()
 
@@ -274,7 +285,8 @@ class Store:
         """Record the hold-out metrics of a closed round."""
         with self._transaction() as db:
             db.execute(
-                "UPDATE rounds SET loss = ?, accuracy = ?, evaluate_s = ? WHERE round = ?", (loss, accuracy, evaluate_s, number)
+                "UPDATE rounds SET loss = ?, accuracy = ?, evaluate_s = ? WHERE round = ?",
+                (loss, accuracy, evaluate_s, number),
             )
 
     def rounds(self) -> list[StoredRound]:
@@ -283,7 +295,10 @@ class Store:
             "SELECT round, attempt, phase, cohort, base, opened_at, deadline_at, closed_at, fold_s, loss, accuracy, "
             "evaluate_s FROM rounds ORDER BY round"
         )
-        return [StoredRound(*row[:3], _names(row[3]), *row[4:]) for row in rows]
+        return [
+            StoredRound(number, attempt, phase, _names(cohort), *rest)
+            for number, attempt, phase, cohort, *rest in rows
+        ]
 
     # --- updates ------------------------------------------------------------------------------------------------
 
@@ -318,11 +333,17 @@ class Store:
     def updates(self, number: int) -> dict[str, StoredUpdate]:
         """Accepted updates of a round, by agent, sorted by name."""
         rows = self._db.execute(
-            "SELECT agent, sha256, bytes, samples, metrics FROM updates WHERE round = ? ORDER BY agent", (number,)
+            "SELECT agent, sha256, bytes, samples, metrics FROM updates WHERE round = ? ORDER BY agent",
+            (number,),
         )
         return {
             agent: StoredUpdate(
-                agent, sha256, size, samples, msgspec.json.decode(metrics, type=TrainMetrics), self.update_path(number, agent)
+                agent,
+                sha256,
+                size,
+                samples,
+                msgspec.json.decode(metrics, type=TrainMetrics),
+                self.update_path(number, agent),
             )
             for agent, sha256, size, samples, metrics in rows
         }
@@ -330,7 +351,8 @@ class Store:
     def sweep(self) -> None:
         """Delete update files and uploads that no open round names: leftovers of closed rounds and of crashes."""
         open_rounds = {
-            f"{row[0]:06d}": row[0] for row in self._db.execute("SELECT round FROM rounds WHERE phase != 'closed'")
+            f"{row[0]:06d}": row[0]
+            for row in self._db.execute("SELECT round FROM rounds WHERE phase != 'closed'")
         }
         for folder in (self.folder / "updates").iterdir():
             if folder.name not in open_rounds:
@@ -384,7 +406,8 @@ class Store:
         """Keep an agent's last health report."""
         with self._transaction() as db:
             db.execute(
-                "UPDATE agents SET telemetry = ? WHERE agent = ?", (msgspec.json.encode(telemetry).decode(), agent)
+                "UPDATE agents SET telemetry = ? WHERE agent = ?",
+                (msgspec.json.encode(telemetry).decode(), agent),
             )
 
     def forget_presence(self) -> None:
@@ -416,11 +439,15 @@ class Store:
                 "INSERT INTO refusals (round, agent, code, detail, at) VALUES (?, ?, ?, ?, ?)",
                 (number, agent, code.value, detail, time.time()),
             )
-            db.execute("DELETE FROM refusals WHERE id <= (SELECT max(id) FROM refusals) - ?", (REFUSALS_KEPT,))
+            db.execute(
+                "DELETE FROM refusals WHERE id <= (SELECT max(id) FROM refusals) - ?", (REFUSALS_KEPT,)
+            )
 
     def refusals(self, limit: int = 20) -> list[tuple[int, str, str, str, float]]:
         """The newest refusals: round, agent, code, detail, Unix seconds."""
-        rows = self._db.execute("SELECT round, agent, code, detail, at FROM refusals ORDER BY id DESC LIMIT ?", (limit,))
+        rows = self._db.execute(
+            "SELECT round, agent, code, detail, at FROM refusals ORDER BY id DESC LIMIT ?", (limit,)
+        )
         return [tuple(row) for row in rows]
 
     def refusal_counts(self) -> dict[str, int]:
@@ -431,7 +458,7 @@ class Store:
 def move_durably(source: Path, target: Path) -> None:
     """Rename within the state folder so that the new name survives a power loss."""
     target.parent.mkdir(parents=True, exist_ok=True)
-    os.replace(source, target)
+    source.replace(target)
     sync_folder(target.parent)
 
 

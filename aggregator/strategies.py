@@ -32,7 +32,7 @@ class Accumulator:
         """
         for name, total in self._sums.items():
             # dtype, since float32 * Python float would round the product to float32 first.
-            total += np.multiply(delta[name], weight, dtype=np.float64)
+            np.add(total, np.multiply(delta[name], weight, dtype=np.float64), out=total)
         self._weight += weight
         self.count += 1
 
@@ -41,7 +41,7 @@ class Accumulator:
         if not self.count:
             raise ValueError("the mean of no updates")
         for total in self._sums.values():
-            total /= self._weight
+            np.divide(total, self._weight, out=total)
         return self._sums
 
 

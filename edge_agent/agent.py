@@ -82,7 +82,11 @@ class Trainer(Protocol):
     """What the agent needs of a trainer; :class:`edge_agent.training.TorchTrainer` is one."""
 
     def train(
-        self, base: Mapping[str, NDArray[np.float32]], plan: RoundPlan, agent: str, cancelled: Callable[[], bool]
+        self,
+        base: Mapping[str, NDArray[np.float32]],
+        plan: RoundPlan,
+        agent: str,
+        cancelled: Callable[[], bool],
     ) -> Trained:
         """Train on ``base``; raises :class:`Cancelled` soon after ``cancelled()`` turns true."""
         ...
@@ -122,7 +126,9 @@ class Agent:
         options: Settings.
     """
 
-    def __init__(self, bundle: Bundle, capabilities: Capabilities, trainer: Trainer, options: Options) -> None:
+    def __init__(
+        self, bundle: Bundle, capabilities: Capabilities, trainer: Trainer, options: Options
+    ) -> None:
         self._bundle, self._trainer, self._options = bundle, trainer, options
         self._topics = Topics(bundle.federation)
         self._name = bundle.agent
@@ -131,7 +137,9 @@ class Agent:
         self._session_id = secrets.token_hex(8)
         options.state_dir.mkdir(parents=True, exist_ok=True)
         self._progress_path = options.state_dir / "progress.json"
-        self._birth = encode_json(AgentState(state="online", session=self._session_id, capabilities=capabilities))
+        self._birth = encode_json(
+            AgentState(state="online", session=self._session_id, capabilities=capabilities)
+        )
         self._death = encode_json(AgentState(state="offline", session=self._session_id))
         self._inbox = Inbox()
         self._link = Link(
@@ -141,7 +149,10 @@ class Agent:
             will=Will(self._topics.state(self._name), self._death),
         )
         self._cache = ModelCache(
-            options.state_dir / "objects", self._link, self._topics, lambda sha256: self._inbox.post(BaseReady(sha256))
+            options.state_dir / "objects",
+            self._link,
+            self._topics,
+            lambda sha256: self._inbox.post(BaseReady(sha256)),
         )
         self._outbox = Outbox(
             options.state_dir / "outbox", federation=bundle.federation, agent=self._name, key=self._key
@@ -343,7 +354,7 @@ class Agent:
             log.info("training_cancelled", round=plan.round)
         except FedgeError as error:
             self._inbox.post(WorkFailed(plan.round, str(error)))
-        except BaseException as error:  # noqa: BLE001: a defect must end the process in the loop, not vanish in a thread
+        except BaseException as error:  # noqa: BLE001 - a defect must end the process in the loop, not vanish in a thread
             self._inbox.post(error)
 
     def _train(self, plan: RoundPlan, cancel: Flag) -> UpdateOffer:
@@ -381,13 +392,19 @@ class Agent:
 
     def _send_signed(self, message: Decline) -> None:
         sealed = seal(
-            message, purpose=Purpose.AGENT, federation=self._bundle.federation, sender=self._name, key=self._key
+            message,
+            purpose=Purpose.AGENT,
+            federation=self._bundle.federation,
+            sender=self._name,
+            key=self._key,
         )
         self._publish(self._topics.offer(self._name), sealed, qos=1)
 
     def _publish(self, topic: str, payload: bytes, *, qos: int) -> None:
         try:
-            self._link.publish(topic, payload, qos=qos)  # unsent while offline: offered again after the connect
+            self._link.publish(
+                topic, payload, qos=qos
+            )  # unsent while offline: offered again after the connect
         except TransportError as error:
             log.error("send_failed", topic=topic, reason=str(error))
 

@@ -13,10 +13,14 @@ from federation.logs import LogFormat, configure
 app = new_app("Take part in a federation from a device: train where the data is, run the model there.")
 app.command("infer")(infer)
 
-BundleArgument = Annotated[Path, typer.Argument(help="The file that `aggregator enroll` wrote for this device.")]
+BundleArgument = Annotated[
+    Path, typer.Argument(help="The file that `aggregator enroll` wrote for this device.")
+]
 DataOption = Annotated[
     str,
-    typer.Option("--data", help="imagefolder:PATH, mnist:PATH, cifar10:PATH, digits, or package.module:factory."),
+    typer.Option(
+        "--data", help="imagefolder:PATH, mnist:PATH, cifar10:PATH, digits, or package.module:factory."
+    ),
 ]
 OneClassOption = Annotated[
     bool, typer.Option("--allow-single-class", help="Accept data of one class only; it trains a poor model.")
@@ -28,35 +32,53 @@ def run_agent(
     bundle: BundleArgument,
     data: DataOption,
     state: Annotated[
-        Path | None, typer.Option("--state", help="Folder for what must survive; default BUNDLE's name beside it.")
+        Path | None,
+        typer.Option("--state", help="Folder for what must survive; default BUNDLE's name beside it."),
     ] = None,
     device: Annotated[str, typer.Option("--device", help="auto, cpu, cuda or mps.")] = "auto",
     threads: Annotated[int, typer.Option("--threads", min=0, help="CPU threads for training; 0 is all.")] = 0,
     max_memory: Annotated[
-        int, typer.Option("--max-memory", min=16, help="MiB that decoded images may take; larger sets stay on disk.")
+        int,
+        typer.Option(
+            "--max-memory", min=16, help="MiB that decoded images may take; larger sets stay on disk."
+        ),
     ] = 512,
     allow_single_class: OneClassOption = False,
     allow_model: Annotated[
-        list[str] | None, typer.Option("--allow-model", help="A plug-in model, package.module:factory, that a plan may name.")
+        list[str] | None,
+        typer.Option("--allow-model", help="A plug-in model, package.module:factory, that a plan may name."),
     ] = None,
-    telemetry_s: Annotated[float, typer.Option("--telemetry", min=0, help="Seconds between health reports; 0 is none.")] = 60,
+    telemetry_s: Annotated[
+        float, typer.Option("--telemetry", min=0, help="Seconds between health reports; 0 is none.")
+    ] = 60,
     give_up_after_s: Annotated[
-        float, typer.Option("--give-up-after", min=0, help="Seconds after which a broker that was never reached is an error; 0 is never.")
+        float,
+        typer.Option(
+            "--give-up-after",
+            min=0,
+            help="Seconds after which a broker that was never reached is an error; 0 is never.",
+        ),
     ] = 0,
     log_level: Annotated[str, typer.Option("--log-level", help="debug, info, warning or error.")] = "info",
-    log_format: Annotated[LogFormat, typer.Option("--log-format", help="console or json; auto looks at stderr.")] = "auto",
+    log_format: Annotated[
+        LogFormat, typer.Option("--log-format", help="console or json; auto looks at stderr.")
+    ] = "auto",
 ) -> None:
     """Take part until SIGTERM. Power, link and server may fail at any time: nothing is lost."""
-    from edge_agent.agent import Agent, Options  # noqa: PLC0415: `infer` must not pay for what training needs
-    from edge_agent.telemetry import capabilities  # noqa: PLC0415
-    from edge_agent.training import TorchTrainer  # noqa: PLC0415
-    from federation.bundle import read_bundle  # noqa: PLC0415
-    from federation.task.data import task_from_data  # noqa: PLC0415
+    from edge_agent.agent import Agent, Options
+    from edge_agent.telemetry import capabilities
+    from edge_agent.training import TorchTrainer
+    from federation.bundle import read_bundle
+    from federation.task.data import task_from_data
 
     configure(level=log_level, form=log_format)
     identity = read_bundle(bundle)
     trainer = TorchTrainer(
-        data, device=device, threads=threads, memory_limit_mb=max_memory, allow_single_class=allow_single_class
+        data,
+        device=device,
+        threads=threads,
+        memory_limit_mb=max_memory,
+        allow_single_class=allow_single_class,
     )
     # Opening the data now, with the labels that it has itself, shows what is wrong with it before the first round.
     samples = trainer.samples(task_from_data(data, "cnn"))
@@ -79,7 +101,7 @@ def default_state(bundle: Path) -> Path:
 def root(
     version: Annotated[bool, typer.Option("--version", help="Print the version.")] = False,
 ) -> None:
-    configure(level="warning")
+    """Answer ``--version``."""
     if version:
         typer.echo(__version__)
         raise typer.Exit

@@ -55,12 +55,9 @@ class ModelCache:
 
     def abandon(self) -> None:
         """Stop fetching; what has arrived stays on disk."""
-        if self._partial is None:
+        if self._partial is None or self._download is None:
             return
-        # The filters of a window are few: dropping all of them needs no record of which are out.
-        ref = self._partial.ref
-        missing = [index for index in range(ref.chunks) if index not in self._partial.have]
-        self._carry_out([Unsubscribe(tuple(missing))])
+        self._carry_out(self._download.stop())
         self._partial.close()
         self._download = self._partial = None
 
@@ -111,7 +108,9 @@ class ModelCache:
             partial.finish(self.path(partial.ref.sha256))
         except PeerError as error:
             # Signed digests that match every chunk but not the whole: the plan itself is wrong, waiting mends nothing.
-            log.error("model_refused", object=partial.ref.sha256[:12], code=error.code.value, detail=error.detail)
+            log.warning(
+                "model_refused", object=partial.ref.sha256[:12], code=error.code.value, detail=error.detail
+            )
             return
         log.info("model_fetched", object=partial.ref.sha256[:12], bytes=partial.ref.length)
         self._on_ready(partial.ref.sha256)

@@ -64,7 +64,7 @@ class Outbox:
             ConfigError: If the disk is full, or the delta cannot be encoded.
         """
         self.clear()
-        data = encode({name: delta[name] for name in sorted(delta)}, plan.encoding, rng)
+        data = encode(delta, plan.encoding, rng)
         offer = UpdateOffer(
             run=plan.run,
             round=plan.round,

@@ -174,7 +174,9 @@ class Session:
         pending: An update that an earlier process left in the outbox, not yet receipted.
     """
 
-    def __init__(self, agent: str, *, seen: tuple[str, int] = ("", 0), pending: UpdateOffer | None = None) -> None:
+    def __init__(
+        self, agent: str, *, seen: tuple[str, int] = ("", 0), pending: UpdateOffer | None = None
+    ) -> None:
         self.agent = agent
         self.phase = Phase.IDLE
         self.plan: RoundPlan | None = None
@@ -299,7 +301,11 @@ class Session:
         self._done = receipt.run, receipt.round
         self._pending = None
         self._rest()
-        reason = "accepted" if receipt.accepted else f"{receipt.code.value if receipt.code else 'refused'}: {receipt.detail}"
+        reason = (
+            "accepted"
+            if receipt.accepted
+            else f"{receipt.code.value if receipt.code else 'refused'}: {receipt.detail}"
+        )
         return [ForgetUpdate(accepted=receipt.accepted, reason=reason)]
 
     def _rest(self) -> None:

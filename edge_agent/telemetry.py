@@ -8,7 +8,7 @@ from pathlib import Path
 import psutil
 
 from federation import __version__
-from federation.wire.codec import ENCODINGS
+from federation.wire.encodings import ENCODINGS
 from federation.wire.messages import Capabilities, Telemetry
 
 _MIB = 1 << 20

@@ -115,7 +115,9 @@ def _read(file: Path) -> dict[str, Any]:
     try:
         return tomllib.loads(file.read_text())
     except FileNotFoundError:
-        raise ConfigError(f"configuration file {file} does not exist; `aggregator init {file}` writes one") from None
+        raise ConfigError(
+            f"configuration file {file} does not exist; `aggregator init {file}` writes one"
+        ) from None
     except OSError as error:
         raise ConfigError(f"cannot read configuration file {file}: {error.strerror}") from error
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:

@@ -265,3 +265,33 @@ def _reader(source: Source, rows: np.ndarray, task: TaskSpec) -> Callable[[int],
         grey = pixels[:, None]
         return lambda row: grey[rows[row]]
     return read
+
+
+def write_samples(spec: str, folder: Path, *, count: int) -> Path:
+    """Write a few images of the test split as PNG files, named after their labels, as a camera would leave them.
+
+    Args:
+        spec: See the module; a partition is ignored.
+        folder: Created.
+        count: At most this many, taken from the classes in turn.
+
+    Returns:
+        ``folder``.
+
+    Raises:
+        ConfigError: If the data cannot be opened, or does not consist of pictures.
+    """
+    name, _ = split_spec(spec)
+    source = _open_source(name, train=False, task=None)
+    folder.mkdir(parents=True, exist_ok=True)
+    # The n-th image of every class before the (n+1)-th of any.
+    rank = np.empty(len(source.labels), np.int64)
+    for label in np.unique(source.labels):
+        rows = np.flatnonzero(source.labels == label)
+        rank[rows] = np.arange(len(rows))
+    for number, row in enumerate(np.lexsort((source.labels, rank))[:count]):
+        image = source.image(int(row))
+        if not isinstance(image, Image.Image):
+            raise ConfigError(f"{source.where} holds tensors, not pictures: there is nothing to show as a file")
+        image.save(folder / f"{number:02d}-{source.classes[source.labels[row]]}.png")
+    return folder

@@ -73,7 +73,9 @@ def schema_of(arrays: Mapping[str, NDArray[np.float32]]) -> Schema:
 
 
 def encode(delta: Mapping[str, NDArray[np.float32]], encoding: str, rng: np.random.Generator) -> bytes:
-    """Write tensors as one frame. A tensor that the encoding would not make smaller is sent as it is.
+    """Write tensors as one frame, in the order of their names.
+
+    A tensor that the encoding would not make smaller is sent as it is.
 
     Args:
         delta: Tensors of any shape (0-d and empty ones too), float32.
@@ -89,8 +91,8 @@ def encode(delta: Mapping[str, NDArray[np.float32]], encoding: str, rng: np.rand
     """
     chosen = encoding_named(encoding)
     entries, blobs = [], []
-    for name, array in delta.items():
-        entry, blob = _encode_tensor(name, array, chosen, rng)
+    for name in sorted(delta):
+        entry, blob = _encode_tensor(name, delta[name], chosen, rng)
         entries.append(entry)
         blobs.append(blob)
     header = msgspec.msgpack.encode(_Header(encoding, tuple(entries)))
@@ -108,11 +110,11 @@ def decode(data: bytes | memoryview, schema: Schema, encoding: str) -> dict[str,
 
     Args:
         data: The frame, from anywhere.
-        schema: The tensors that it must hold, in this order.
+        schema: The tensors that it must hold.
         encoding: The encoding that it must be in.
 
     Returns:
-        The tensors in the schema's order. Those sent as float32 are views into ``data``, read-only if it is.
+        The tensors in the order of their names. Those sent as float32 are views into ``data``, read-only if it is.
 
     Raises:
         PeerError: ``malformed``, ``wrong_length``, ``wrong_encoding``, ``missing_tensor``, ``extra_tensor``,
@@ -204,12 +206,12 @@ def _read_header(view: memoryview, schema: Schema, encoding: Encoding) -> tuple[
 
 def _check_tensors(header: _Header, schema: Schema, encoding: Encoding) -> None:
     names = [entry.name for entry in header.tensors]
-    if missing := [name for name in schema if name not in set(names)]:
+    if missing := sorted(set(schema) - set(names)):
         raise PeerError(Rejection.MISSING_TENSOR, _listed(missing))
     if extra := [name for name in names if name not in schema]:
         raise PeerError(Rejection.EXTRA_TENSOR, _listed(extra))
-    if names != list(schema):
-        raise PeerError(Rejection.MALFORMED, "the tensors are repeated or not in the model's order")
+    if names != sorted(schema):
+        raise PeerError(Rejection.MALFORMED, "the tensors are repeated or not in the order of their names")
     for entry in header.tensors:
         if entry.shape != tuple(schema[entry.name]):
             raise PeerError(

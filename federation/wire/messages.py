@@ -236,7 +236,9 @@ class Credit(Wire, frozen=True, tag="credit"):
     """
 
     sha256: Sha256
-    chunks: Annotated[tuple[Annotated[int, Meta(ge=0, lt=MAX_CHUNKS)], ...], Meta(min_length=1, max_length=MAX_CREDIT)]
+    chunks: Annotated[
+        tuple[Annotated[int, Meta(ge=0, lt=MAX_CHUNKS)], ...], Meta(min_length=1, max_length=MAX_CREDIT)
+    ]
 
 
 class Receipt(Wire, frozen=True, tag="receipt"):

@@ -8,7 +8,6 @@ from enum import StrEnum
 from pathlib import Path
 from typing import Annotated, TypeVar
 
-
 from cryptography.exceptions import InvalidSignature
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey, Ed25519PublicKey
 from msgspec import Meta
@@ -89,11 +88,15 @@ def unseal(
     """
     envelope = decode_msgpack(data, Envelope)
     if envelope.federation != federation:
-        raise PeerError(Rejection.WRONG_FEDERATION, f"made for {envelope.federation!r}, this is {federation!r}")
+        raise PeerError(
+            Rejection.WRONG_FEDERATION, f"made for {envelope.federation!r}, this is {federation!r}"
+        )
     if envelope.sender != sender:
         raise PeerError(Rejection.WRONG_SENDER, f"signed as {envelope.sender!r} on the topic of {sender!r}")
     if envelope.purpose is not purpose:
-        raise PeerError(Rejection.BAD_SIGNATURE, f"signed for {envelope.purpose.value!r}, not {purpose.value!r}")
+        raise PeerError(
+            Rejection.BAD_SIGNATURE, f"signed for {envelope.purpose.value!r}, not {purpose.value!r}"
+        )
     try:
         key.verify(envelope.signature, signed_bytes(purpose, federation, sender, envelope.body))
     except InvalidSignature:

@@ -41,7 +41,9 @@ class Topics:
 
     def __init__(self, federation: str) -> None:
         if not is_name(federation):
-            raise ValueError(f"federation name {federation!r}: use 1-63 of a-z, 0-9, _ and -, starting with a letter or digit")
+            raise ValueError(
+                f"federation name {federation!r}: use 1-63 of a-z, 0-9, _ and -, starting with a letter or digit"
+            )
         self.federation = federation
         self.prefix = f"{PROTOCOL}/{federation}"
         self.aggregator = f"{self.prefix}/aggregator"
@@ -102,7 +104,9 @@ class Topics:
                 return AgentTopic(agent, "offer")
             case [agent, "down", ("credit" | "receipt") as kind] if is_name(agent):
                 return AgentTopic(agent, kind)
-            case [agent, "up", sha256, index] if is_name(agent) and _SHA256.fullmatch(sha256) and _INDEX.fullmatch(index):
+            case [agent, "up", sha256, index] if (
+                is_name(agent) and _SHA256.fullmatch(sha256) and _INDEX.fullmatch(index)
+            ):
                 return AgentTopic(agent, "chunk", sha256, int(index))
         return None
 

@@ -243,6 +243,12 @@ class Download:
         self._waiting = dict.fromkeys([*self._asked.interrupt(), *self._waiting])
         return self._refill(now)
 
+    def stop(self) -> list[DownloadCommand]:
+        """End the download early: take back the subscriptions that are out."""
+        indices = (*self._arrived, *self._asked.interrupt())
+        self._arrived = []
+        return [Unsubscribe(indices)] if indices else []
+
     def next_wakeup(self) -> float | None:
         """When :meth:`tick` has something to do; None when nothing is outstanding."""
         return self._asked.next_expiry()
