@@ -5,14 +5,12 @@ while torch computes. Every decision is taken in the loop.
 """
 
 import secrets
-import signal
 import time
 from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from threading import Event as Flag
-from types import FrameType
 from typing import Protocol, TypeVar
 
 import msgspec
@@ -166,14 +164,12 @@ class Agent:
         self._ever_connected = False
 
     def run(self) -> None:
-        """Serve until SIGTERM or SIGINT.
+        """Serve until :meth:`stop`.
 
         Raises:
             TransportError: If the broker refuses, or cannot be reached within ``give_up_after_s``.
             ConfigError: If another process runs under this identity, or the disk is full.
         """
-        for number in (signal.SIGTERM, signal.SIGINT):
-            signal.signal(number, self._on_signal)
         self._link.start()
         goodbye = [(self._topics.state(self._name), self._death, 1, True)]
         try:
@@ -189,8 +185,9 @@ class Agent:
             self._worker.shutdown(cancel_futures=True)
             self._link.stop(goodbye)
 
-    def _on_signal(self, number: int, _frame: FrameType | None) -> None:
-        log.info("stop_requested", signal=signal.Signals(number).name)
+    def stop(self) -> None:
+        """Make :meth:`run` say goodbye and return. From any thread, or from a signal handler."""
+        log.info("stop_requested")
         self._stopping = True
         self._inbox.wake()
 
@@ -377,6 +374,8 @@ class Agent:
         )
 
     def _send_offer(self, unanswered: int) -> None:
+        if not unanswered:
+            log.info("update_offered", round=self._session.round)
         if unanswered == UNANSWERED_WARNING:
             log.warning(
                 "offer_unanswered",

@@ -1,5 +1,6 @@
 """``edge-agent``: train on this device, run the model on it, find out what is wrong with it."""
 
+import signal
 from pathlib import Path
 from typing import Annotated, NoReturn
 
@@ -89,7 +90,10 @@ def run_agent(
         give_up_after_s=give_up_after_s,
         plugins=frozenset(allow_model or ()),
     )
-    Agent(identity, able, trainer, options).run()
+    agent = Agent(identity, able, trainer, options)
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, lambda *_: agent.stop())
+    agent.run()
 
 
 def default_state(bundle: Path) -> Path:
