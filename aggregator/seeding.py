@@ -8,6 +8,7 @@ are, and nothing is sent twice.
 import queue
 import threading
 from collections import deque
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -47,10 +48,11 @@ class Seeder:
         link: To publish on.
         topics: Of the federation.
         store: Remembers what lies on the broker across restarts, so that it can be cleared one day.
+        on_present: Called in the seeder's thread with the hash of an object that the broker now holds.
     """
 
-    def __init__(self, link: Link, topics: Topics, store: Store) -> None:
-        self._link, self._topics, self._store = link, topics, store
+    def __init__(self, link: Link, topics: Topics, store: Store, on_present: Callable[[str], None]) -> None:
+        self._link, self._topics, self._store, self._on_present = link, topics, store, on_present
         self._wanted: deque[_Seeded] = deque(maxlen=OBJECTS_KEPT)
         self._stale: list[ObjectRef] = msgspec.json.decode(
             store.recall(_MEMORY_KEY) or "[]", type=list[ObjectRef]
@@ -68,6 +70,8 @@ class Seeder:
         """Make ``path`` the newest object; what falls out of the kept ones is cleared from the broker."""
         with self._guard:
             if any(seeded.ref == ref for seeded in self._wanted):
+                if ref.sha256 in self._present:
+                    self._on_present(ref.sha256)
                 return
             if len(self._wanted) == OBJECTS_KEPT:
                 self._stale.append(self._wanted[0].ref)
@@ -116,6 +120,7 @@ class Seeder:
             with self._guard:
                 self._doubtful.discard(seeded.ref.sha256)
                 self._present.add(seeded.ref.sha256)
+            self._on_present(seeded.ref.sha256)
         for ref in stale:
             for index in range(ref.chunks):
                 self._link.publish_bulk(

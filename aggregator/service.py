@@ -87,6 +87,11 @@ class _EvaluationDone:
 
 
 @dataclass(frozen=True, slots=True)
+class _ModelPresent:
+    sha256: str
+
+
+@dataclass(frozen=True, slots=True)
 class _WorkFailed:
     error: BaseException
 
@@ -132,10 +137,13 @@ class Service:
             executor=self._executor,
             post=self._inbox.post,
         )
-        self._seeder = Seeder(self._link, self._topics, store)
+        self._seeder = Seeder(
+            self._link, self._topics, store, lambda sha256: self._inbox.post(_ModelPresent(sha256))
+        )
         self._sessions: dict[str, str] = {}
         self._base: tuple[Path, ObjectRef] | None = None
         self._plan: bytes | None = None
+        self._held_plan: RoundPlan | None = None
         self._evaluator: Evaluator | None = None
         self._state_due = 0.0
         self._stopping = False
@@ -244,6 +252,9 @@ class Service:
                 return [Folded()]
             case _EvaluationDone(number, metrics, seconds):
                 return [Evaluated(self._keep_metrics(number, metrics, seconds))]
+            case _ModelPresent(sha256):
+                if self._held_plan is not None and self._held_plan.base.sha256 == sha256:
+                    self._publish_plan(self._held_plan)
             case _WorkFailed(error):
                 raise error
             case Connected():
@@ -388,7 +399,8 @@ class Service:
                 accepted={agent: update.sha256 for agent, update in self._store.updates(plan.round).items()},
             )
         )
-        self._publish_plan(plan)
+        # Announced when the broker holds the model: an agent that asks too early waits for a retry.
+        self._held_plan = plan
         self._seeder.want(path, base)
         if command.attempt == 1:
             log.info(
@@ -442,6 +454,7 @@ class Service:
         )
 
     def _publish_plan(self, plan: Plan) -> None:
+        self._held_plan = None
         self._plan = seal(
             plan, purpose=Purpose.PLAN, federation=self._config.federation, sender=AGGREGATOR, key=self._key
         )

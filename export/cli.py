@@ -83,3 +83,7 @@ def _describe(report: ExportReport) -> str:
     }
     width = max(len(name) for name in rows)
     return "\n".join(f"{name:<{width}}  {value}" for name, value in rows.items())
+
+
+if __name__ == "__main__":
+    main()

@@ -9,6 +9,9 @@ MAX_RETRY_S = 60.0
 _FLIGHTS_PER_RETRY = 4.0
 """A chunk counts as lost after this many usual flights: early enough to matter, late enough to be true."""
 
+_LEAST_RETRY_S = 0.25
+"""Floor of the retry time once flights were measured: above any scheduling hiccup of a busy device."""
+
 _SMOOTHING = 0.25
 """Weight of a new sample in the moving averages: the last dozen chunks decide."""
 
@@ -28,7 +31,7 @@ class Outstanding:
     Congestion-Based Congestion Control", ACM Queue 14(5), 2016).
 
     Args:
-        retry_s: Least time after which a chunk is asked for again, seconds.
+        retry_s: Time after which a chunk is asked for again while no flight has been measured, seconds.
     """
 
     def __init__(self, retry_s: float) -> None:
@@ -103,7 +106,9 @@ class Outstanding:
     @property
     def patience(self) -> float:
         """The retry time without its doublings, seconds."""
-        return min(MAX_RETRY_S, max(self._retry_s, _FLIGHTS_PER_RETRY * self._flight_s))
+        if not self._flight_s:
+            return self._retry_s
+        return min(MAX_RETRY_S, max(_LEAST_RETRY_S, _FLIGHTS_PER_RETRY * self._flight_s))
 
     @property
     def retry_after(self) -> float:
