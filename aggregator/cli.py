@@ -1,5 +1,6 @@
 """``aggregator``: serve a federation, enrol devices, look at what happened."""
 
+import signal
 import tomllib
 from pathlib import Path
 from typing import Annotated, Any, NoReturn
@@ -119,7 +120,10 @@ def serve(
     effective = load(AggregatorConfig, file=file, secrets=SECRETS, flags=flags)
     with prepared(effective) as ready:
         write_whole(served_config(effective.state_dir), to_toml(without_secrets(effective)).encode())
-        finished = Service(effective, ready.store, ready.enrolment, ready.task, ready.address).run()
+        service = Service(effective, ready.store, ready.enrolment, ready.task, ready.address)
+        for number in (signal.SIGTERM, signal.SIGINT):
+            signal.signal(number, lambda *_: service.stop())
+        finished = service.run()
     if finished:
         typer.echo(f"next: model-export onnx {effective.state_dir}")
 

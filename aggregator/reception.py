@@ -12,7 +12,7 @@ from aggregator.folding import keep_update
 from aggregator.rounds import AgentOut, Event, UpdateStored
 from aggregator.store import Store
 from federation.errors import PeerError, Rejection, TransportError
-from federation.wire.link import Link
+from federation.wire.link import LinkLike
 from federation.wire.messages import Credit, Decline, Receipt, UpdateOffer, encode_msgpack
 from federation.wire.objects import PartialObject
 from federation.wire.signing import AGGREGATOR, Purpose, seal
@@ -66,7 +66,7 @@ class Reception:
     def __init__(
         self,
         *,
-        link: Link,
+        link: LinkLike,
         topics: Topics,
         store: Store,
         key: Ed25519PrivateKey,

@@ -17,7 +17,7 @@ import structlog
 
 from aggregator.store import Store
 from federation.errors import FedgeError, TransportError
-from federation.wire.link import Link
+from federation.wire.link import LinkLike
 from federation.wire.messages import ObjectRef
 from federation.wire.objects import read_chunk
 from federation.wire.topics import Topics
@@ -51,7 +51,7 @@ class Seeder:
         on_present: Called in the seeder's thread with the hash of an object that the broker now holds.
     """
 
-    def __init__(self, link: Link, topics: Topics, store: Store, on_present: Callable[[str], None]) -> None:
+    def __init__(self, link: LinkLike, topics: Topics, store: Store, on_present: Callable[[str], None]) -> None:
         self._link, self._topics, self._store, self._on_present = link, topics, store, on_present
         self._wanted: deque[_Seeded] = deque(maxlen=OBJECTS_KEPT)
         self._stale: list[ObjectRef] = msgspec.json.decode(

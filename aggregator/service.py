@@ -5,13 +5,11 @@ back. So every decision is taken in one thread, in one order.
 """
 
 import secrets
-import signal
 import time
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from types import FrameType
 
 import structlog
 
@@ -44,8 +42,19 @@ from federation.errors import PeerError
 from federation.task.checkpoint import CheckpointInfo, read_checkpoint
 from federation.task.model_card import HoldOutMetrics
 from federation.wire.address import BrokerAddress
-from federation.wire.link import Connected, Disconnected, Inbox, Link, LinkFailed, Message, Overflow, Will
+from federation.wire.link import (
+    Connected,
+    Disconnected,
+    Inbox,
+    Link,
+    LinkFailed,
+    MakeLink,
+    Message,
+    Overflow,
+    Will,
+)
 from federation.wire.messages import (
+    STATE_INTERVAL_S,
     AgentState,
     AggregatorState,
     IdlePlan,
@@ -65,9 +74,6 @@ log = structlog.get_logger()
 
 PACKET_OVERHEAD_BYTES = 1024
 """Room for topic and headers when a chunk is fitted into the broker's largest packet."""
-
-STATE_INTERVAL_S = 300.0
-"""How often the retained state is refreshed, so that a device can compare clocks."""
 
 LAST_WORDS_S = 5.0
 CHECKERS = 2
@@ -105,6 +111,7 @@ class Service:
         enrolment: Keys and accounts.
         task: What is learned.
         address: Of the broker.
+        make_link: Makes the link to it.
     """
 
     def __init__(
@@ -114,6 +121,8 @@ class Service:
         enrolment: Enrolment,
         task: TaskSpec,
         address: BrokerAddress,
+        *,
+        make_link: MakeLink = Link,
     ) -> None:
         self._config, self._store, self._enrolment, self._task = config, store, enrolment, task
         self._topics = Topics(config.federation)
@@ -122,7 +131,7 @@ class Service:
         will = Will(
             self._topics.aggregator, encode_json(AggregatorState(state="offline", session=self._session))
         )
-        self._link = Link(
+        self._link = make_link(
             address, f"{config.federation}-aggregator-{self._session}", on_event=self._inbox.put, will=will
         )
         self._key = enrolment.aggregator_key()
@@ -170,8 +179,6 @@ class Service:
             TransportError: If the broker cannot be reached at start, or refuses.
             ConfigError: For a fault that the operator must mend (full disk, broken hold-out set).
         """
-        for number in (signal.SIGTERM, signal.SIGINT):
-            signal.signal(number, self._on_signal)
         self._store.sweep()
         self._store.forget_presence()
         self._link.start()
@@ -192,8 +199,9 @@ class Service:
                 last.insert(0, (self._topics.plan, self._plan, 1, True))
             self._link.stop(last)
 
-    def _on_signal(self, number: int, _frame: FrameType | None) -> None:
-        log.info("stop_requested", signal=signal.Signals(number).name)
+    def stop(self) -> None:
+        """Make :meth:`run` say goodbye and return. From any thread, or from a signal handler."""
+        log.info("stop_requested")
         self._stopping = True
         self._inbox.wake()
 

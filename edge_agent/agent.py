@@ -47,7 +47,17 @@ from federation.bundle import Bundle, address
 from federation.errors import BrokerRefusedError, ConfigError, FedgeError, PeerError, TransportError
 from federation.files import write_whole
 from federation.task.checkpoint import read_checkpoint
-from federation.wire.link import Connected, Disconnected, Inbox, Link, LinkFailed, Message, Overflow, Will
+from federation.wire.link import (
+    Connected,
+    Disconnected,
+    Inbox,
+    Link,
+    LinkFailed,
+    MakeLink,
+    Message,
+    Overflow,
+    Will,
+)
 from federation.wire.messages import (
     AgentState,
     Capabilities,
@@ -122,10 +132,17 @@ class Agent:
         capabilities: What goes into the birth.
         trainer: Trains.
         options: Settings.
+        make_link: Makes the link to the broker.
     """
 
     def __init__(
-        self, bundle: Bundle, capabilities: Capabilities, trainer: Trainer, options: Options
+        self,
+        bundle: Bundle,
+        capabilities: Capabilities,
+        trainer: Trainer,
+        options: Options,
+        *,
+        make_link: MakeLink = Link,
     ) -> None:
         self._bundle, self._trainer, self._options = bundle, trainer, options
         self._topics = Topics(bundle.federation)
@@ -140,7 +157,7 @@ class Agent:
         )
         self._death = encode_json(AgentState(state="offline", session=self._session_id))
         self._inbox = Inbox()
-        self._link = Link(
+        self._link = make_link(
             address(bundle),
             f"{bundle.federation}-{self._name}-{self._session_id}",
             on_event=self._inbox.put,

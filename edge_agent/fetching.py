@@ -6,7 +6,7 @@ from pathlib import Path
 import structlog
 
 from federation.errors import PeerError
-from federation.wire.link import Link
+from federation.wire.link import LinkLike
 from federation.wire.messages import ObjectRef
 from federation.wire.objects import PartialObject, ref_of_file
 from federation.wire.topics import Topics
@@ -25,7 +25,7 @@ class ModelCache:
         on_ready: Called with the hash when a model is on disk.
     """
 
-    def __init__(self, folder: Path, link: Link, topics: Topics, on_ready: Callable[[str], None]) -> None:
+    def __init__(self, folder: Path, link: LinkLike, topics: Topics, on_ready: Callable[[str], None]) -> None:
         folder.mkdir(parents=True, exist_ok=True)
         self._folder, self._link, self._topics, self._on_ready = folder, link, topics, on_ready
         self._download: Download | None = None

@@ -9,7 +9,7 @@ import secrets
 import threading
 from collections.abc import Callable, Sequence
 from time import monotonic
-from typing import Final, Literal
+from typing import Final, Literal, Protocol
 
 import structlog
 
@@ -45,6 +45,65 @@ clients that throw each other out, or a packet that the broker answers by hangin
 
 _log = structlog.get_logger()
 _random = secrets.SystemRandom()
+
+
+class LinkLike(Protocol):
+    """What the aggregator and the agents need of a link; :class:`Link` documents it and is the one for brokers."""
+
+    @property
+    def connected(self) -> bool:
+        """As :attr:`Link.connected`."""
+        ...
+
+    @property
+    def limits(self) -> Limits:
+        """As :attr:`Link.limits`."""
+        ...
+
+    def start(self) -> None:
+        """As :meth:`Link.start`."""
+        ...
+
+    def wait_connected(self, timeout_s: float) -> None:
+        """As :meth:`Link.wait_connected`."""
+        ...
+
+    def publish(self, topic: str, payload: bytes, *, qos: int = 1, retain: bool = False) -> bool:
+        """As :meth:`Link.publish`."""
+        ...
+
+    def publish_bulk(
+        self, topic: str, payload: bytes, *, qos: int = 0, retain: bool = False, timeout_s: float
+    ) -> None:
+        """As :meth:`Link.publish_bulk`."""
+        ...
+
+    def subscribe(self, filters: Sequence[tuple[str, int]]) -> bool:
+        """As :meth:`Link.subscribe`."""
+        ...
+
+    def unsubscribe(self, filters: Sequence[str]) -> bool:
+        """As :meth:`Link.unsubscribe`."""
+        ...
+
+    def stop(self, last: Sequence[tuple[str, bytes, int, bool]] = ()) -> None:
+        """As :meth:`Link.stop`."""
+        ...
+
+
+class MakeLink(Protocol):
+    """How a link is made: :class:`Link` itself, or in tests one that needs no broker."""
+
+    def __call__(
+        self,
+        address: BrokerAddress,
+        client_id: str,
+        *,
+        on_event: Callable[[LinkEvent], None],
+        will: Will | None = None,
+    ) -> LinkLike:
+        """Make a link that is not started yet."""
+        ...
 
 
 class Link:
@@ -341,6 +400,8 @@ __all__ = [
     "Link",
     "LinkEvent",
     "LinkFailed",
+    "LinkLike",
+    "MakeLink",
     "Message",
     "Overflow",
     "Will",

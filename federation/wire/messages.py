@@ -22,6 +22,9 @@ MAX_CHUNK_BYTES = 16 * 1024 * 1024
 MAX_COHORT = 4096
 MAX_CREDIT = 64
 
+STATE_INTERVAL_S = 300.0
+"""How often the aggregator refreshes its retained state, seconds: no clock in it is older, by the aggregator's own."""
+
 Name = Annotated[str, Meta(pattern=r"^[a-z0-9][a-z0-9_-]{0,62}\Z")]
 """A federation or an agent: it becomes an MQTT topic level, a broker user name and a file name."""
 
