@@ -103,8 +103,8 @@ def open_data(
         ConfigError: If the spec, the folder, a class, an image or the share is unusable; it says which and why.
     """
     name, partition = split_spec(spec)
-    source = _open_source(name, train=train, task=task)
-    labels = _labels_by_name(source, task)
+    source = open_source(name, train=train, task=task)
+    labels = labels_by_name(source, task)
     present = np.unique(labels)
     if len(present) == 1 and not allow_single_class:
         raise ConfigError(
@@ -151,7 +151,7 @@ def task_from_data(spec: str, model: str, *, height: int = 0, width: int = 0, ch
     name, _ = split_spec(spec)
     known = _KNOWN.get(name.partition(":")[0])
     if known is None:
-        source = _open_source(name, train=True, task=None)
+        source = open_source(name, train=True, task=None)
         own_height, own_width, own_channels = _common_shape(source)
         known = _Known(0, source.classes, _IMAGENET_MEAN, _IMAGENET_STD)
     else:
@@ -201,7 +201,7 @@ def _for_channels(values: tuple[float, ...], channels: int) -> tuple[float, ...]
     return (round(sum(values) / len(values), 4),) * channels
 
 
-def _open_source(name: str, *, train: bool, task: TaskSpec | None) -> Source:
+def open_source(name: str, *, train: bool, task: TaskSpec | None) -> Source:
     """Open what a spec without partition names.
 
     Raises:
@@ -227,7 +227,12 @@ def _open_source(name: str, *, train: bool, task: TaskSpec | None) -> Source:
     )
 
 
-def _labels_by_name(source: Source, task: TaskSpec) -> np.ndarray:
+def labels_by_name(source: Source, task: TaskSpec) -> np.ndarray:
+    """The source's labels as indices into the task's, int64 ``[samples]``, matched by name.
+
+    Raises:
+        ConfigError: If the source has images of a class that the task does not know.
+    """
     position = {label: number for number, label in enumerate(task.labels)}
     unknown = [source.classes[c] for c in np.unique(source.labels) if source.classes[c] not in position]
     if unknown:
@@ -282,7 +287,7 @@ def write_samples(spec: str, folder: Path, *, count: int) -> Path:
         ConfigError: If the data cannot be opened, or does not consist of pictures.
     """
     name, _ = split_spec(spec)
-    source = _open_source(name, train=False, task=None)
+    source = open_source(name, train=False, task=None)
     folder.mkdir(parents=True, exist_ok=True)
     # The n-th image of every class before the (n+1)-th of any.
     rank = np.empty(len(source.labels), np.int64)
@@ -292,6 +297,8 @@ def write_samples(spec: str, folder: Path, *, count: int) -> Path:
     for number, row in enumerate(np.lexsort((source.labels, rank))[:count]):
         image = source.image(int(row))
         if not isinstance(image, Image.Image):
-            raise ConfigError(f"{source.where} holds tensors, not pictures: there is nothing to show as a file")
+            raise ConfigError(
+                f"{source.where} holds tensors, not pictures: there is nothing to show as a file"
+            )
         image.save(folder / f"{number:02d}-{source.classes[source.labels[row]]}.png")
     return folder
