@@ -8,7 +8,7 @@
        +---------------------------------- more rounds to go ----------------------------------------+--> FINISHED
 
 Time is monotonic seconds. Everything that must survive a restart is in :class:`RoundRecord`, which the store keeps;
-:meth:`Rounds.resume` starts from one.
+:meth:`Rounds.start` goes on from one.
 """
 
 from collections.abc import Collection, Iterable
@@ -17,6 +17,7 @@ from enum import StrEnum
 
 from aggregator.cohort import invitations, quorum_of, sample_cohort
 from aggregator.config import RoundsConfig
+from federation.wire.messages import MAX_COHORT
 
 
 class Phase(StrEnum):
@@ -194,6 +195,7 @@ class Rounds:
     _offline_since: dict[str, float] = field(default_factory=dict)
     _deadline: float = 0.0
     _enough_since: float | None = None
+    _now: float = 0.0
 
     def start(
         self, now: float, record: RoundRecord | None = None, *, evaluate_first: bool = False
@@ -208,6 +210,7 @@ class Rounds:
         Returns:
             The first commands.
         """
+        self._now = now
         if record is None and evaluate_first:
             self.phase = Phase.EVALUATING
             return [Evaluate(self.round)]
@@ -234,6 +237,7 @@ class Rounds:
         Returns:
             What to do, in order. Events that mean nothing in the present phase return nothing.
         """
+        self._now = now
         match event:
             case AgentOnline(agent):
                 self.online.add(agent)
@@ -273,7 +277,8 @@ class Rounds:
                 for agent in self._pending()
                 if agent in self._offline_since
             )
-            return min([self._deadline, *(grace for grace in graces)])
+            # A grace that is over was acted upon when it ended.
+            return min([self._deadline, *(grace for grace in graces if grace > self._now)])
         return None
 
     @property
@@ -333,7 +338,8 @@ class Rounds:
     def _extend(self, now: float) -> list[Command]:
         """Give the round another deadline, invite whoever else is online, and give those who were out a new chance."""
         self.attempt += 1
-        self.cohort = tuple(sorted({*self.cohort, *self._replacements()}))
+        room = MAX_COHORT - len(self.cohort)
+        self.cohort = tuple(sorted({*self.cohort, *sorted(self._replacements())[:room]}))
         self.out = set()
         self._deadline = now + self.config.deadline_s
         return [OpenRound(self.round, self.attempt, self.cohort, self.config.deadline_s)]

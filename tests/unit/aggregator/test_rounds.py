@@ -22,10 +22,17 @@ from aggregator.rounds import (
     UpdateStored,
     Wait,
 )
+from federation.wire.messages import MAX_COHORT
 
 
 def rounds(**settings: float) -> Rounds:
-    defaults: dict[str, float] = {"count": 3, "min_agents": 2, "gather_s": 0, "deadline_s": 100, "grace_s": 10}
+    defaults: dict[str, float] = {
+        "count": 3,
+        "min_agents": 2,
+        "gather_s": 0,
+        "deadline_s": 100,
+        "grace_s": 10,
+    }
     return Rounds(RoundsConfig(**(defaults | settings)))  # type: ignore[arg-type]
 
 
@@ -105,6 +112,28 @@ def test_a_vanished_agent_is_waited_for_only_during_its_grace() -> None:
     assert machine.next_wakeup() == 15.0
     assert feed(machine, Tick(), now=14.9) == []
     assert feed(machine, Tick(), now=15.0) == [Fold(1, ("a", "b"))]
+
+
+def test_a_grace_that_is_over_is_no_reason_to_wake_up_again() -> None:
+    machine = opened("a", "b", "c")
+    feed(machine, *stored("a"))
+    feed(machine, AgentOffline("c"), now=5.0)
+    assert feed(machine, Tick(), now=15.0) == [], "b is still at work"
+    assert machine.next_wakeup() == 100.0
+
+
+def test_no_round_invites_more_agents_than_a_plan_can_name() -> None:
+    names = [f"pi{number:05d}" for number in range(MAX_COHORT + 5)]
+    machine = rounds(gather_s=5)
+    machine.start(0.0)
+    feed(machine, *online(*names[:-1]))
+    (command,) = feed(machine, Tick(), now=5.0)
+    assert isinstance(command, OpenRound)
+    assert len(command.cohort) == MAX_COHORT
+    feed(machine, *online(names[-1]), now=6.0)
+    (extended,) = feed(machine, Tick(), now=105.0)
+    assert isinstance(extended, OpenRound)
+    assert extended.cohort == command.cohort
 
 
 def test_an_agent_that_comes_back_within_its_grace_is_waited_for_again() -> None:
