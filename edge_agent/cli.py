@@ -96,6 +96,37 @@ def run_agent(
     agent.run()
 
 
+@app.command()
+def doctor(
+    bundle: BundleArgument,
+    data: Annotated[
+        str | None, typer.Option("--data", help="As for `run`; without it no data is looked at.")
+    ] = None,
+    state: Annotated[Path | None, typer.Option("--state", help="As for `run`.")] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="For programs.")] = False,
+) -> None:
+    """Check this device, its broker, the aggregator and its data, and say what to fix.
+
+    Exits with 0 if nothing failed, else with 2 (this device, its files, its data) or 3 (the broker), whichever
+    failed first. An agent that runs with the same bundle is not disturbed.
+    """
+    import msgspec
+
+    from edge_agent.doctor import examine
+    from edge_agent.findings import render, report
+
+    configure(level="critical")  # what the link would log is among the findings
+    findings = []
+    for finding in examine(bundle, data, state or default_state(bundle)):
+        findings.append(finding)
+        if not as_json:
+            typer.echo(render(finding))
+    result = report(findings)
+    if as_json:
+        typer.echo(msgspec.json.format(msgspec.json.encode(result), indent=2))
+    raise typer.Exit(result.exit_code)
+
+
 def default_state(bundle: Path) -> Path:
     """Beside the bundle, so that what belongs to one identity lies together: ``pi1.bundle.json`` -> ``pi1.state``."""
     return bundle.with_name(bundle.name.split(".")[0] + ".state")
