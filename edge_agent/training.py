@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 import structlog
 
+from edge_agent.optimizers import make_optimizer
 from federation.errors import ConfigError, FedgeError
 from federation.wire.messages import RoundPlan, TaskSpec, TrainMetrics, TrainSpec
 
@@ -184,7 +185,7 @@ class TorchTrainer:
 
         from federation.task.models import float_tensors
 
-        optimizer = _optimizer(model, spec)
+        optimizer = make_optimizer(model, spec)
         batch_norm = _has_batch_norm(model)
         if batch_norm and min(spec.batch_size, len(data)) == 1:
             raise TrainingError(
@@ -204,7 +205,7 @@ class TorchTrainer:
                 images, labels = data.batch(rows, self._device)
                 logits = model(images)
                 batch_loss = torch.nn.functional.cross_entropy(logits, labels)
-                optimizer.zero_grad()
+                model.zero_grad(set_to_none=True)
                 torch.autograd.backward(batch_loss)
                 optimizer.step()
                 loss_sum += batch_loss.detach() * len(rows)
@@ -276,16 +277,6 @@ def _batches(
         if drop_single and len(rows) == 1:
             return
         yield rows
-
-
-def _optimizer(model: nn.Module, spec: TrainSpec) -> torch.optim.Optimizer:
-    from torch import optim
-
-    parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    rate, decay = spec.learning_rate, spec.weight_decay
-    if spec.optimizer == "adam":
-        return optim.Adam(parameters, lr=rate, weight_decay=decay, fused=True)
-    return optim.SGD(parameters, lr=rate, momentum=spec.momentum, weight_decay=decay, fused=True)
 
 
 def _difference(model: nn.Module, base: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:

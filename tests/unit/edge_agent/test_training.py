@@ -1,3 +1,5 @@
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -275,3 +277,25 @@ def test_a_trainer_tells_its_device_and_threads() -> None:
 def test_a_device_that_is_not_there_is_refused(device: str) -> None:
     with pytest.raises(ConfigError, match=rf"'{device}' is not there: this machine has cpu"):
         TorchTrainer(SHARE, device=device)
+
+
+@pytest.mark.parametrize("optimizer", ["sgd", "adam"])
+def test_training_does_not_load_the_compiler(optimizer: str) -> None:
+    # In a process of its own, since another test may have loaded it: 150 MB that a small device does not have.
+    script = f"""
+import sys
+from edge_agent.training import TorchTrainer
+from federation.task.data import task_from_data
+from federation.task.models import build, state_arrays
+from federation.wire.messages import RoundPlan, TrainSpec
+from federation.wire.transfer import make_ref
+task = task_from_data("digits", "cnn")
+plan = RoundPlan(
+    run="0" * 16, round=1, attempt=1, task=task, train=TrainSpec(max_steps=2, optimizer="{optimizer}"),
+    base=make_ref(b"x", 64), encoding="float32", cohort=("a",), deadline_s=1.0, issued_at=1.0, upload_chunk_bytes=64,
+)
+TorchTrainer("digits", threads=1).train(state_arrays(build(task)), plan, "a", lambda: False)
+sys.exit("torch._dynamo" in sys.modules)
+"""
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
