@@ -44,7 +44,14 @@ from edge_agent.session import (
 from edge_agent.telemetry import Health
 from edge_agent.training import Cancelled, Trained, round_seed
 from federation.bundle import Bundle, address
-from federation.errors import BrokerRefusedError, ConfigError, FedgeError, PeerError, TransportError
+from federation.errors import (
+    BrokerRefusedError,
+    ConfigError,
+    FedgeError,
+    PeerError,
+    TransportError,
+    VerificationError,
+)
 from federation.files import write_whole
 from federation.task.checkpoint import read_checkpoint
 from federation.wire.link import (
@@ -101,10 +108,11 @@ class Trainer(Protocol):
 
 
 class _Progress(msgspec.Struct, frozen=True):
-    """The newest plan that this device has seen."""
+    """The newest plan that this device has seen, and whether its part in that round is over."""
 
-    run: str
-    round: int
+    run: str = ""
+    round: int = 0
+    done: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -172,7 +180,13 @@ class Agent:
         self._outbox = Outbox(
             options.state_dir / "outbox", federation=bundle.federation, agent=self._name, key=self._key
         )
-        self._session = Session(self._name, seen=self._read_progress(), pending=self._outbox.pending())
+        progress = self._read_progress()
+        self._session = Session(
+            self._name,
+            seen=(progress.run, progress.round),
+            done=progress.done,
+            pending=self._outbox.pending(),
+        )
         self._health = Health(self._session_id, options.state_dir)
         self._health_due = time.monotonic()
         self._worker = ThreadPoolExecutor(1, thread_name_prefix="trainer")
@@ -216,11 +230,11 @@ class Agent:
         due = [at for at in wakeups if at is not None]
         item = self._inbox.get(max(0.0, min(due) - now) if due else None)
         now = time.monotonic()
-        if item is None:
+        if item is not None:
+            self._take(item, now)
+        if item is None or (due and now >= min(due)):  # an inbox that is never empty must not stop the clock
             self._cache.tick(now)
             self._feed(Tick(), now)
-        else:
-            self._take(item, now)
         wakeup = self._health_wakeup()
         if wakeup is not None and now >= wakeup:
             self._health_due = now + self._options.telemetry_s
@@ -338,15 +352,15 @@ class Agent:
                 report = log.info if accepted else log.warning
                 report("update_accepted" if accepted else "update_dropped", reason=reason)
                 self._outbox.clear()
-            case Remember(run, number):
-                self._remember(_Progress(run, number))
+            case Remember(run, number, done):
+                self._remember(_Progress(run, number, done))
 
     def _fetching(self, step: Callable[[], None], now: float) -> None:
         try:
             step()
-        except ConfigError as error:  # a full disk: sit this round out, and stay
+        except (ConfigError, PeerError) as error:  # a full disk, a model that is not what it was said to be
             self._cache.abandon()
-            self._feed(WorkFailed(self._session.round, str(error)), now)
+            self._feed(WorkFailed(self._session.run, self._session.round, str(error)), now)
 
     def _remember(self, progress: _Progress) -> None:
         try:
@@ -367,7 +381,7 @@ class Agent:
         except Cancelled:
             log.info("training_cancelled", round=plan.round)
         except FedgeError as error:
-            self._inbox.post(WorkFailed(plan.round, str(error)))
+            self._inbox.post(WorkFailed(plan.run, plan.round, str(error)))
         except BaseException as error:  # noqa: BLE001 - a defect must end the process in the loop, not vanish in a thread
             self._inbox.post(error)
 
@@ -403,8 +417,12 @@ class Agent:
 
     def _send_chunks(self, offer: UpdateOffer, indices: tuple[int, ...]) -> None:
         for index in indices:
-            topic = self._topics.upload_chunk(self._name, offer.object.sha256, index)
-            self._publish(topic, self._outbox.chunk(offer, index), qos=0)
+            try:
+                payload = self._outbox.chunk(offer, index)
+            except (ConfigError, VerificationError) as error:  # the disk has lost it: train again, and stay
+                self._feed(WorkFailed(offer.run, offer.round, str(error)), time.monotonic())
+                return
+            self._publish(self._topics.upload_chunk(self._name, offer.object.sha256, index), payload, qos=0)
 
     def _send_signed(self, message: Decline) -> None:
         sealed = seal(
@@ -424,14 +442,13 @@ class Agent:
         except TransportError as error:
             log.error("send_failed", topic=topic, reason=str(error))
 
-    def _read_progress(self) -> tuple[str, int]:
+    def _read_progress(self) -> _Progress:
         try:
-            progress = msgspec.json.decode(self._progress_path.read_bytes(), type=_Progress)
+            return msgspec.json.decode(self._progress_path.read_bytes(), type=_Progress)
         except FileNotFoundError:
-            return "", 0
+            return _Progress()
         except msgspec.DecodeError as error:
             raise ConfigError(f"{self._progress_path} is damaged ({error}): delete it") from error
-        return progress.run, progress.round
 
 
 class _TakenOverError(ConfigError):

@@ -5,7 +5,6 @@ from pathlib import Path
 
 import structlog
 
-from federation.errors import PeerError
 from federation.wire.link import LinkLike
 from federation.wire.messages import ObjectRef
 from federation.wire.objects import PartialObject, ref_of_file
@@ -40,6 +39,7 @@ class ModelCache:
 
         Raises:
             ConfigError: If the disk is full.
+            PeerError: As :meth:`chunk`.
         """
         self.abandon()
         keep = {self.path(ref.sha256), self._part(ref)}
@@ -62,7 +62,12 @@ class ModelCache:
         self._download = self._partial = None
 
     def chunk(self, sha256: str, index: int, payload: bytes, now: float) -> None:
-        """Take a chunk from the broker."""
+        """Take a chunk from the broker.
+
+        Raises:
+            ConfigError: If the disk is full.
+            PeerError: ``wrong_hash`` if the model is complete and is not what the plan promised.
+        """
         if self._download is not None and self._partial is not None and self._partial.ref.sha256 == sha256:
             self._carry_out(self._download.chunk(index, payload, now))
 
@@ -104,13 +109,7 @@ class ModelCache:
 
     def _finish(self, partial: PartialObject) -> None:
         self._download = self._partial = None
-        try:
-            partial.finish(self.path(partial.ref.sha256))
-        except PeerError as error:
-            # Signed digests that match every chunk but not the whole: the plan itself is wrong, waiting mends nothing.
-            log.warning(
-                "model_refused", object=partial.ref.sha256[:12], code=error.code.value, detail=error.detail
-            )
-            return
+        # Digests that match every chunk but not the whole are refused for good: the signed plan itself is wrong.
+        partial.finish(self.path(partial.ref.sha256))
         log.info("model_fetched", object=partial.ref.sha256[:12], bytes=partial.ref.length)
         self._on_ready(partial.ref.sha256)

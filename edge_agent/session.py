@@ -52,13 +52,15 @@ class UpdateReady:
 
 @dataclass(frozen=True, slots=True)
 class WorkFailed:
-    """Fetching or training failed for a reason on this device.
+    """Fetching, training or sending failed for a reason on this device.
 
     Attributes:
+        run: In which it failed.
         round: In which it failed.
         reason: For people; it is sent to the aggregator.
     """
 
+    run: str
     round: int
     reason: str
 
@@ -156,10 +158,17 @@ class ForgetUpdate:
 
 @dataclass(frozen=True, slots=True)
 class Remember:
-    """Keep on disk that this round of this run was seen: an older plan is a replay."""
+    """Keep on disk how far this agent has come.
+
+    Attributes:
+        run: Of the newest plan.
+        round: Of the newest plan; an older one of the same run is a replay.
+        done: This agent has nothing left to do in that round: its update has a receipt, or the round is closed.
+    """
 
     run: str
     round: int
+    done: bool
 
 
 Command = Fetch | Train | Abandon | SendOffer | SendChunks | SendDecline | ForgetUpdate | Remember
@@ -171,17 +180,28 @@ class Session:
     Args:
         agent: This agent's name.
         seen: Run and round of the newest plan that an earlier process saw; ("", 0) for none.
+        done: Whether that process had nothing left to do in that round.
         pending: An update that an earlier process left in the outbox, not yet receipted.
     """
 
     def __init__(
-        self, agent: str, *, seen: tuple[str, int] = ("", 0), pending: UpdateOffer | None = None
+        self,
+        agent: str,
+        *,
+        seen: tuple[str, int] = ("", 0),
+        done: bool = False,
+        pending: UpdateOffer | None = None,
     ) -> None:
         self.agent = agent
         self.phase = Phase.IDLE
         self.plan: RoundPlan | None = None
+        if pending is not None and (not seen[0] or (seen[0] == pending.run and seen[1] < pending.round)):
+            # Its plan was seen, even if the disk was too full to remember it.
+            seen, done = (pending.run, pending.round), False
         self._run, self._round = seen
-        self._done: tuple[str, int] = ("", 0)
+        self._done = seen if done else ("", 0)
+        self._declined: SendDecline | None = None
+        self._declined_attempt = 0
         self._pending = pending
         self._upload: Upload | None = None
         self._unanswered = 0
@@ -205,13 +225,10 @@ class Session:
             case BaseReady(sha256) if self._busy(Phase.FETCHING) and self._plan_now.base.sha256 == sha256:
                 self.phase = Phase.TRAINING
                 return [Train(self._plan_now)]
-            case UpdateReady(offer) if self._busy(Phase.TRAINING) and offer.round == self._plan_now.round:
+            case UpdateReady(offer) if self._busy(Phase.TRAINING) and self._is_for(offer.run, offer.round):
                 return self._deliver(offer, now)
-            case WorkFailed(number, reason) if self.plan is not None and number == self.plan.round:
-                plan = self._plan_now
-                self._done = plan.run, plan.round
-                self._rest()
-                return [SendDecline(plan.run, plan.round, reason)]
+            case WorkFailed(run, number, reason) if self._is_for(run, number):
+                return self._decline(reason)
             case CreditArrived(credit):
                 return self._credit_arrived(credit)
             case ReceiptArrived(receipt):
@@ -229,6 +246,11 @@ class Session:
         return None if self._upload is None else self._upload.next_wakeup()
 
     @property
+    def run(self) -> str:
+        """The run of the newest plan that was seen; empty before the first."""
+        return self._run
+
+    @property
     def round(self) -> int:
         """The newest round that was seen; 0 before the first."""
         return self._round
@@ -238,29 +260,60 @@ class Session:
         assert self.plan is not None
         return self.plan
 
+    def _is_for(self, run: str, number: int) -> bool:
+        return self.plan is not None and (self.plan.run, self.plan.round) == (run, number)
+
     def _busy(self, phase: Phase) -> bool:
         return self.phase is phase and self.plan is not None
 
     def _plan_arrived(self, plan: Plan, now: float) -> list[Command]:
         if plan.run == self._run and plan.round < self._round:
             return []  # a replay, or a plan that overtook another
-        commands: list[Command] = []
-        if (plan.run, plan.round) != (self._run, self._round):
-            self._run, self._round = plan.run, plan.round
-            commands.append(Remember(plan.run, plan.round))
+        here = plan.run, plan.round
         if isinstance(plan, IdlePlan):
-            return commands + self._end(plan.run, plan.round + 1, "the round is closed")
-        commands += self._end(plan.run, plan.round, "a newer round is open")
-        if self.agent not in plan.cohort or self._done == (plan.run, plan.round):
+            return self._mark(*here, done=True) + self._end(plan.run, plan.round + 1, "the round is closed")
+        done = self._done == here
+        commands = self._mark(*here, done=done) + self._end(*here, "a newer round is open")
+        if done:
+            return commands + self._forget("it has its receipt")
+        if self.agent not in plan.cohort:
             return commands
-        if self.plan is not None:  # a later attempt of the round that this agent is working on
+        if self._declined is not None and (self._declined.run, self._declined.round) == here:
+            if plan.attempt <= self._declined_attempt:
+                return [*commands, self._declined]  # the first one may be lost
+            self._declined = None
+        if (
+            self.plan is not None
+        ):  # announced again, or a later attempt of the round that this agent is working on
+            cut_anew = self.phase is Phase.FETCHING and plan.base != self.plan.base
             self.plan = plan
-            return commands
+            return [*commands, Fetch(plan.base)] if cut_anew else commands
         self.plan = plan
         if self._pending is not None:
             return commands + self._deliver(self._pending, now)
         self.phase = Phase.FETCHING
         return [*commands, Fetch(plan.base)]
+
+    def _mark(self, run: str, number: int, *, done: bool) -> list[Command]:
+        known = self._run, self._round, self._done == (run, number)
+        self._run, self._round = run, number
+        if done:
+            self._done = run, number
+        return [] if known == (run, number, done) else [Remember(run, number, done)]
+
+    def _decline(self, reason: str) -> list[Command]:
+        """Sit out the present attempt of the round. A later one is a new chance: the fault may be mended by then."""
+        self._declined = SendDecline(self._plan_now.run, self._plan_now.round, reason)
+        self._declined_attempt = self._plan_now.attempt
+        commands = self._forget(reason)
+        self._rest()
+        return [*commands, self._declined]
+
+    def _forget(self, reason: str) -> list[Command]:
+        if self._pending is None:
+            return []
+        self._pending = None
+        return [ForgetUpdate(accepted=False, reason=reason)]
 
     def _end(self, run: str, first_valid: int, reason: str) -> list[Command]:
         """End all work that is not for ``run`` at round ``first_valid`` or later."""
@@ -270,8 +323,7 @@ class Session:
                 commands.append(Abandon(reason))
             self._rest()
         if self._pending is not None and (self._pending.run != run or self._pending.round < first_valid):
-            self._pending = None
-            commands.append(ForgetUpdate(accepted=False, reason=reason))
+            commands += self._forget(reason)
         return commands
 
     def _deliver(self, offer: UpdateOffer, now: float) -> list[Command]:
@@ -296,17 +348,17 @@ class Session:
 
     def _receipt_arrived(self, receipt: Receipt) -> list[Command]:
         pending = self._pending
-        if pending is None or receipt.sha256 != pending.object.sha256 or receipt.round != pending.round:
+        here = receipt.run, receipt.round
+        if pending is None or receipt.sha256 != pending.object.sha256 or here != (pending.run, pending.round):
             return []
-        self._done = receipt.run, receipt.round
         self._pending = None
         self._rest()
-        reason = (
-            "accepted"
-            if receipt.accepted
-            else f"{receipt.code.value if receipt.code else 'refused'}: {receipt.detail}"
-        )
-        return [ForgetUpdate(accepted=receipt.accepted, reason=reason)]
+        # Remembered before the update is deleted: with neither, a restart would train this round again.
+        commands = self._mark(*here, done=True) if here == (self._run, self._round) else []
+        if receipt.accepted:
+            return [*commands, ForgetUpdate(accepted=True, reason="accepted")]
+        reason = f"{receipt.code.value if receipt.code else 'refused'}: {receipt.detail}"
+        return [*commands, ForgetUpdate(accepted=False, reason=reason)]
 
     def _rest(self) -> None:
         self.phase = Phase.IDLE
