@@ -27,6 +27,12 @@ REFUSAL_LOG_INTERVAL_S = 1.0
 REFUSAL_MEMORY = 10_000
 """Pairs of agent and code remembered for that: on a broker without access control, names are free to invent."""
 
+FINAL = frozenset(
+    {Rejection.WRONG_BASE, Rejection.WRONG_ENCODING, Rejection.WRONG_LENGTH, Rejection.BAD_SAMPLE_COUNT}
+)
+"""Refusals of an offer that mean that a member of the cohort has nothing better to offer in this round: it drops a
+refused update, so waiting for it until the deadline would be in vain."""
+
 
 @dataclass(slots=True)
 class _Upload:
@@ -146,7 +152,7 @@ class Reception:
                 raise PeerError(Rejection.DUPLICATE, f"another update of {agent!r} is being checked")
         except PeerError as error:
             self._refuse(agent, offer, error, now)
-            return []
+            return [AgentOut(agent)] if error.code in FINAL else []
         upload = self._uploads.get(agent)
         if upload is None or upload.offer.object != offer.object:
             self._drop(agent)
