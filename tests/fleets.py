@@ -147,30 +147,60 @@ def nats_served(state: Path) -> Iterator[Served]:
         served.close()
 
 
+class Mosquitto:
+    """A mosquitto with the accounts and rights that an enrolment writes; can be killed and started again.
+
+    Args:
+        accounts: ``STATE/broker/mosquitto``.
+        folder: For its configuration, retained messages and log.
+    """
+
+    def __init__(self, accounts: Path, folder: Path) -> None:
+        self.port = free_port()
+        self.url = f"mqtt://127.0.0.1:{self.port}"
+        self._log = folder / "mosquitto.log"
+        self._conf = folder / "mosquitto.conf"
+        # A mosquitto that is started as root changes to its own user, which may not enter the test's folders.
+        me = f"user {getpass.getuser()}\n"
+        self._conf.write_text(mosquitto_conf(accounts, data=folder, host="127.0.0.1", port=self.port) + me)
+        self._process: subprocess.Popen[bytes] | None = None
+
+    def start(self) -> None:
+        """Start, or start again, and wait until it listens."""
+        with self._log.open("ab") as output:
+            process = self._process = subprocess.Popen(
+                [find_program("mosquitto"), "-v", "-c", str(self._conf)], stdout=output, stderr=output
+            )
+        until(lambda: listens(self.port) or process.poll() is not None, what="mosquitto listens")
+        assert process.poll() is None, self._log.read_text()
+
+    def reload(self) -> None:
+        """Make it read the accounts again."""
+        assert self._process is not None
+        before = self._log.read_text().count("Reloading config")
+        self._process.send_signal(signal.SIGHUP)
+        until(lambda: self._log.read_text().count("Reloading config") > before, what="reload")
+
+    def kill(self) -> None:
+        """Kill -9: what it held in memory is gone, retained messages too."""
+        assert self._process is not None
+        self._process.kill()
+        self._process.wait(DEADLINE_S)
+
+    def stop(self) -> None:
+        """End it, whatever state it is in."""
+        if self._process is not None and self._process.poll() is None:
+            self._process.terminate()
+            self._process.wait(DEADLINE_S)
+
+
 def mosquitto_served(state: Path) -> Iterator[Served]:
     enrolment = Enrolment(state, "fleet")
-    port = free_port()
-    conf = state / "mosquitto.conf"
-    # A mosquitto that is started as root changes to its own user, which may not enter the test's folders.
-    me = f"user {getpass.getuser()}\n"
-    conf.write_text(mosquitto_conf(state / MOSQUITTO_FOLDER, data=state, host="127.0.0.1", port=port) + me)
-    log = state / "mosquitto.log"
-    with log.open("wb") as output:
-        process = subprocess.Popen(
-            [find_program("mosquitto"), "-v", "-c", str(conf)], stdout=output, stderr=output
-        )
-
-    def reload() -> None:
-        before = log.read_text().count("Reloading config")
-        process.send_signal(signal.SIGHUP)
-        until(lambda: log.read_text().count("Reloading config") > before, what="reload")
-
+    broker = Mosquitto(state / MOSQUITTO_FOLDER, state)
     try:
-        until(lambda: listens(port) or process.poll() is not None, what="mosquitto listens")
-        assert process.poll() is None, log.read_text()
-        served = Served(enrolment, f"mqtt://127.0.0.1:{port}", reload)
+        broker.start()
+        served = Served(enrolment, broker.url, broker.reload)
         yield served
         served.close()
     finally:
-        process.terminate()
-        process.wait(DEADLINE_S)
+        broker.stop()
