@@ -6,9 +6,10 @@ import signal
 import subprocess
 import sys
 from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from types import MappingProxyType
-from typing import Any, Literal
+from typing import Any, Literal, TypeAlias
 
 import numpy as np
 from brokers import free_port, until
@@ -242,6 +243,9 @@ class Federation:
         print(self.tails())  # noqa: T201  # pytest shows it with a failure
 
 
+MakeFederation: TypeAlias = Callable[[BrokerName], Federation]
+
+
 def same_bits(one: Tensors, other: Tensors) -> bool:
     """Whether two models are equal bit for bit."""
     return one.keys() == other.keys() and all(
@@ -284,3 +288,50 @@ def begin_tiny_run(
     arrays = {name: rng.standard_normal(shape, dtype=np.float32) for name, shape in shapes.items()}
     with Store(state, FEDERATION, create=True) as store:
         store.write_checkpoint(0, checkpoint_bytes(info, arrays))
+
+
+LEARNING = (
+    *("--holdout", "digits", "--rounds", 3, "--min-agents", 3, "--cohort-size", 3, "--deadline", 600),
+    *("--epochs", 12, "--batch-size", 16, "--lr", 0.05, "--set", "rounds.gather_s=600"),
+)
+"""Three rounds of real learning, with training long enough to be interrupted."""
+
+SHARES = {f"agent-{number}": f"digits@iid,agent={number}/3" for number in (1, 2, 3)}
+"""What each agent holds. The same names, shares and settings give the same bits on every run."""
+
+
+def wrong_clock(folder: Path, offset_s: float) -> dict[str, str]:
+    """Environment of a process whose wall clock is off by so much."""
+    place = folder / f"clock{offset_s:+.0f}"
+    place.mkdir()
+    (place / "sitecustomize.py").write_text(
+        f"import time\nright = time.time\ntime.time = lambda: right() + ({offset_s})\n"
+    )
+    return {"PYTHONPATH": str(place)}
+
+
+@dataclass(frozen=True)
+class FinishedRun:
+    """Three real agents that have learned together for three rounds, undisturbed, through the embedded broker.
+
+    Attributes:
+        federation: Its state is on disk; nothing runs any more.
+        server_exit: Of the aggregator, which ended by itself.
+        outlived: Agents that were up after the run was over.
+        agent_exits: How they ended at SIGTERM.
+    """
+
+    federation: Federation
+    server_exit: int
+    outlived: tuple[str, ...]
+    agent_exits: dict[str, int]
+
+
+def finish(federation: Federation, server: Process, agents: Mapping[str, Process]) -> FinishedRun:
+    """Wait for the end of the run, then end the agents."""
+    server.until_logged("run_finished")
+    server_exit = server.wait()
+    for agent in agents.values():
+        agent.until_logged("update_accepted", reason="accepted")
+    outlived = tuple(name for name, agent in agents.items() if agent.alive())
+    return FinishedRun(federation, server_exit, outlived, {name: a.terminate() for name, a in agents.items()})

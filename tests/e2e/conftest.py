@@ -1,12 +1,10 @@
 """Fixtures of the end-to-end tests."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from processes import BrokerName, Federation
-
-MakeFederation = Callable[[BrokerName], Federation]
+from processes import LEARNING, SHARES, BrokerName, Federation, FinishedRun, MakeFederation, finish
 
 
 @pytest.fixture
@@ -22,4 +20,18 @@ def make_federation(tmp_path: Path) -> Iterator[MakeFederation]:
 
     yield make
     for federation in made:
+        federation.close()
+
+
+@pytest.fixture(scope="session")
+def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> Iterator[FinishedRun]:
+    """What a run gives when nothing goes wrong."""
+    federation = Federation(tmp_path_factory.mktemp("undisturbed"), "embedded")
+    try:
+        for name in SHARES:
+            federation.enroll(name)
+        server = federation.serve(*LEARNING)
+        agents = {name: federation.agent(name, data) for name, data in SHARES.items()}
+        yield finish(federation, server, agents)
+    finally:
         federation.close()
