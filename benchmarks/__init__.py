@@ -1,0 +1,1 @@
+"""One question, one command: ``python -m benchmarks.NAME [--quick] [--json FILE]``."""
