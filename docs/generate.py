@@ -1,4 +1,4 @@
-"""Write docs/configuration.md from the settings themselves: ``python docs/generate.py``. A test holds it current."""
+"""Write docs/configuration.md from the settings themselves: ``python docs/generate.py``. A test holds it current."""  # noqa: INP001 - a script, not a package
 
 from pathlib import Path
 
@@ -40,10 +40,14 @@ def page() -> str:
         if head != table:
             table = head
             parts.append(f"\n## {TITLES[head]}\n\n| key | default | meaning |\n|---|---|---|\n")
-        parts.append(f"| `{name}` | {_default(setting)} | {setting.text.replace('|', chr(92) + '|')} |\n")
+        parts.append(f"| `{name}` | {_default(setting)} | {_text(setting)} |\n")
     parts.append("\n## Environment\n\n| variable | sets |\n|---|---|\n")
     parts += [f"| `{variable}` | `{key}` |\n" for variable, key in SECRETS.items()]
     return "".join(parts)
+
+
+def _text(setting: Setting) -> str:
+    return setting.text.replace("|", "\\|").replace("``", "`")
 
 
 def _default(setting: Setting) -> str:
