@@ -75,6 +75,9 @@ log = structlog.get_logger()
 PACKET_OVERHEAD_BYTES = 1024
 """Room for topic and headers when a chunk is fitted into the broker's largest packet."""
 
+TELEMETRY_INTERVAL_S = 1.0
+"""At most one health report per agent is kept in this time: each is a write to the disk."""
+
 LAST_WORDS_S = 5.0
 CHECKERS = 2
 
@@ -150,6 +153,7 @@ class Service:
             self._link, self._topics, store, lambda sha256: self._inbox.post(_ModelPresent(sha256))
         )
         self._sessions: dict[str, str] = {}
+        self._telemetry_at: dict[str, float] = {}
         self._base: tuple[Path, ObjectRef] | None = None
         self._plan: bytes | None = None
         self._held_plan: RoundPlan | None = None
@@ -236,11 +240,11 @@ class Service:
         ]
         item = self._inbox.get(max(0.0, min(due) - now))
         now = time.monotonic()
-        if item is None:
+        if item is not None:
+            self._feed(self._take(item, now), now)
+        if item is None or now >= min(due):  # an inbox that is never empty must not stop the clock
             self._reception.tick(now)
             self._feed([Tick()], now)
-        else:
-            self._feed(self._take(item, now), now)
         if now >= self._state_due:
             self._publish_state(now)
 
@@ -257,7 +261,7 @@ class Service:
             case _FoldDone(number, result):
                 self._store.close_round(number, result.seconds)
                 log.info("round_closed", round=number, fold_s=round(result.seconds, 3))
-                return [Folded()]
+                return [*self._revoked(), Folded()]
             case _EvaluationDone(number, metrics, seconds):
                 return [Evaluated(self._keep_metrics(number, metrics, seconds))]
             case _ModelPresent(sha256):
@@ -309,10 +313,12 @@ class Service:
             case "chunk":
                 self._reception.chunk(topic.agent, topic.sha256, topic.index, message.payload, now)
             case "telemetry":
-                self._telemetry(topic.agent, message.payload)
+                self._telemetry(topic.agent, message.payload, now)
         return []
 
-    def _telemetry(self, agent: str, payload: bytes) -> None:
+    def _telemetry(self, agent: str, payload: bytes, now: float) -> None:
+        if now < self._telemetry_at.get(agent, -TELEMETRY_INTERVAL_S) + TELEMETRY_INTERVAL_S:
+            return
         try:
             telemetry = decode_json(payload, Telemetry)
         except PeerError as error:
@@ -320,11 +326,12 @@ class Service:
             return
         if self._sessions.get(agent) == telemetry.session:
             self._store.record_telemetry(agent, telemetry)
+            self._telemetry_at[agent] = now
 
     def _agent_state(self, agent: str, payload: bytes) -> list[Event]:
         if self._enrolment.key_of(agent) is None:
             log.debug("state_ignored", agent=agent, reason="not enrolled")
-            return []
+            return self._revoked()
         try:
             state = decode_json(payload, AgentState)
         except PeerError as error:
@@ -344,14 +351,23 @@ class Service:
         self._store.record_agent(agent, state)
         capabilities = state.capabilities
         if capabilities is None or capabilities.device == "none":
-            return []
+            return [AgentOffline(agent)]
         if self._config.encoding not in capabilities.encodings:
             log.warning(
                 "agent_ineligible", agent=agent, reason=f"cannot encode {self._config.encoding!r}: upgrade it"
             )
-            return []
+            return [AgentOffline(agent)]
         log.info("agent_online", agent=agent, device=capabilities.device, samples=capabilities.samples)
         return [AgentOnline(agent)]
+
+    def _revoked(self) -> list[Event]:
+        """Forget the agents that are not enrolled any more: nothing that they send would count."""
+        gone = [agent for agent in self._sessions if self._enrolment.key_of(agent) is None]
+        for agent in gone:
+            del self._sessions[agent]
+            self._reception.gone(agent)
+            log.info("agent_revoked", agent=agent)
+        return [AgentOffline(agent) for agent in gone]
 
     # --- carrying out ---------------------------------------------------------------------------------------------
 
