@@ -1,9 +1,9 @@
-"""Write the wire vectors anew: ``python -m tests.vectors.regenerate``, only when a format changes on purpose."""
+"""Write the wire vectors anew: ``python tests/vectors/regenerate.py``, only when a format changes on purpose."""
 
 import json
 from pathlib import Path
 
-from tests.vectors.samples import vectors
+from samples import vectors
 
 FILE = Path(__file__).with_name("wire.json")
 

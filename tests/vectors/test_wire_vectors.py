@@ -1,6 +1,6 @@
 """The bytes on the wire are those that were committed: a difference is a new protocol version, or a mistake.
 
-When it is on purpose: ``python -m tests.vectors.regenerate``, and say so in the changelog.
+When it is on purpose: ``python tests/vectors/regenerate.py``, and say so in the changelog.
 """
 
 import json
@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 
 from federation.wire import codec, messages, signing
-from tests.vectors.samples import JSON, KEY, MSGPACK, OFFER, TENSORS, vectors
+from samples import JSON, KEY, MSGPACK, OFFER, TENSORS, vectors
 
 COMMITTED: dict[str, str] = json.loads(Path(__file__).with_name("wire.json").read_text())
 
