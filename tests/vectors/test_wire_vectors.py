@@ -11,9 +11,9 @@ from typing import Any
 import msgspec
 import numpy as np
 import pytest
+from samples import JSON, KEY, MSGPACK, OFFER, TENSORS, vectors
 
 from federation.wire import codec, messages, signing
-from samples import JSON, KEY, MSGPACK, OFFER, TENSORS, vectors
 
 COMMITTED: dict[str, str] = json.loads(Path(__file__).with_name("wire.json").read_text())
 
