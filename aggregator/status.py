@@ -7,6 +7,7 @@ from typing import Any
 import msgspec
 from rich.console import Console
 from rich.table import Table
+from rich.text import Text
 
 from aggregator.store import Store
 
@@ -128,9 +129,8 @@ def render(report: Report) -> str:
             counts = ", ".join(f"{code} {count}" for code, count in report.refusal_counts.items())
             console.print(f"refused: {counts}; the newest:")
             for row in report.refusals[:REFUSALS_SHOWN]:
-                console.print(
-                    f"  round {row['round']}  {row['agent']}  {row['code']}: {row['detail']}", markup=False
-                )
+                text = f"  round {row['round']}  {row['agent']}  {row['code']}: {row['detail']}"
+                console.print(_foreign(text))
     return capture.get().rstrip("\n")
 
 
@@ -187,18 +187,23 @@ def agents_table(agents: list[dict[str, Any]]) -> Table:
             row["agent"],
             "online" if row["online"] else "offline",
             _age(time.time() - row["changed_at"]),
-            able.get("device", ""),
+            _foreign(able.get("device", "")),
             str(able.get("samples", "")),
             _number(health.get("process_mb"), ".0f"),
             _number(health.get("cpu_percent"), ".0f"),
             _number(health.get("temperature_c"), ".0f"),
-            health.get("phase", "") if row["online"] else "",
+            _foreign(health.get("phase", "")) if row["online"] else "",
         )
     return table
 
 
 def _number(value: float | None, form: str) -> str:
     return "" if value is None else format(value, form)
+
+
+def _foreign(text: str) -> Text:
+    """What a device wrote, without the markup and the terminal commands that it may hold."""
+    return Text("".join(sign if sign.isprintable() else "?" for sign in text))
 
 
 def _age(seconds: float) -> str:

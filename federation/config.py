@@ -172,5 +172,5 @@ def _wrap(text: str) -> list[str]:
 
 
 def _toml_value(value: Any) -> str:
-    # Basic strings, numbers, booleans and arrays have the same form in JSON and TOML.
-    return msgspec.json.encode(value).decode()
+    # Basic strings, numbers, booleans and arrays have the same form in JSON and TOML, but for the one control character.
+    return msgspec.json.encode(value).decode().replace("\x7f", "\\u007f")

@@ -4,7 +4,11 @@ import logging
 import sys
 from typing import Literal
 
+from federation.errors import ConfigError
+
 LogFormat = Literal["auto", "console", "json"]
+
+LEVELS = ("debug", "info", "warning", "error")
 
 
 def configure(*, level: str = "info", form: LogFormat = "auto") -> None:
@@ -13,7 +17,12 @@ def configure(*, level: str = "info", form: LogFormat = "auto") -> None:
     Args:
         level: ``debug``, ``info``, ``warning`` or ``error``.
         form: ``auto`` chooses ``console`` when stderr is a terminal.
+
+    Raises:
+        ConfigError: For another level.
     """
+    if level not in LEVELS:
+        raise ConfigError(f"log level {level!r} is not known: use {', '.join(LEVELS)}")
     import structlog  # `edge-agent infer` never logs, and this is 8 MB of its memory
 
     console = form == "console" or (form == "auto" and sys.stderr.isatty())
