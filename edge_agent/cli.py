@@ -115,7 +115,7 @@ def doctor(
     from edge_agent.doctor import examine
     from edge_agent.findings import render, report
 
-    configure(level="critical")  # what the link would log is among the findings
+    configure(level="error")  # what the link would log is among the findings
     findings = []
     for finding in examine(bundle, data, state or default_state(bundle)):
         findings.append(finding)
