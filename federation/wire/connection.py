@@ -129,7 +129,8 @@ class Connection:
         self._failure: Failure | None = None
         self._unacked: dict[int, Publish] = {}
         self._unacked_qos1 = 0
-        self._asked: dict[int, tuple[str, ...]] = {}
+        self._asked: dict[int, tuple[tuple[str, int], ...]] = {}
+        self._confirmed: set[str] = set()
         self._refusals_told: set[str] = set()
         self._window = UNACKED_QOS1
         self._errors = _LastError()
@@ -260,13 +261,13 @@ class Connection:
                         self._unacked[mid] = job
                         self._unacked_qos1 += job.qos
                 case Subscribe(filters):
-                    names = tuple(name for name, _ in filters)
-                    self._filters.update(names)
+                    self._filters.update(name for name, _ in filters)
                     _, asked = self._client.subscribe(list(filters))
                     if asked is not None:
-                        self._asked[asked] = names
+                        self._asked[asked] = tuple(filters)
                 case Unsubscribe(filters):
                     self._filters.difference_update(filters)
+                    self._confirmed.difference_update(filters)
                     self._client.unsubscribe(list(filters))
 
     def _on_socket_open(self, _client: Client, _userdata: object, sock: Any) -> None:
@@ -349,7 +350,8 @@ class Connection:
         codes: list[ReasonCode],
         _properties: Properties | None,
     ) -> None:
-        for name, code in zip(self._asked.pop(mid, ()), codes, strict=False):
+        again = []
+        for (name, qos), code in zip(self._asked.pop(mid, ()), codes, strict=False):
             if code.is_failure:
                 self._filters.discard(name)
                 self._emit(
@@ -357,6 +359,14 @@ class Connection:
                         f"the broker refused the subscription to {name}: {str(code).lower()}; check its ACL"
                     )
                 )
+            elif qos and name in self._filters and name not in self._confirmed:
+                self._confirmed.add(name)
+                again.append((name, qos))
+        if again:
+            # A retained message that is replaced while the subscription is being set up may reach nobody: nats-server
+            # delivers the old one alone, or last. From here on nothing is lost, so what is retained now is the truth.
+            # QoS 0 is left out: its subscribers ask again for what does not come.
+            self._client.subscribe(again)
 
 
 def _properties(packet: int, **values: int) -> Properties:

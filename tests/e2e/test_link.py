@@ -468,3 +468,22 @@ def test_an_unanswered_window_blocks_until_the_timeout(make_broker: MakeBroker, 
     finally:
         os.kill(broker.process.pid, signal.SIGCONT)
     sender.link.flush(WAIT_S)
+
+
+def test_a_retained_message_that_is_replaced_while_we_subscribe_is_not_missed(
+    make_broker: MakeBroker,
+) -> None:
+    """nats-server delivers the old one alone, or last, about once in five times."""
+    address = make_broker("nats").address()
+    writer = Peer(address, "writer").up()
+    for number in range(40):
+        topic = f"plan/{number}"
+        writer.link.publish_bulk(topic, b"old", qos=1, retain=True, timeout_s=WAIT_S)
+        writer.link.flush(WAIT_S)
+        reader = Peer(address, f"reader-{number}").up()
+        reader.link.subscribe([("down", 1), (topic, 1)])
+        writer.link.publish(topic, b"new", retain=True)
+        while reader.next(Message, timeout_s=5.0).payload != b"new":
+            pass
+        reader.link.stop()
+    writer.link.stop()
