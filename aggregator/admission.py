@@ -174,9 +174,9 @@ def check_update(
     """
     delta = decode(data, schema, encoding)
     if limits.max_norm:
-        norm = math.sqrt(
-            sum(float(np.dot(flat, flat)) for flat in (array.ravel() for array in delta.values()))
-        )
+        with np.errstate(over="ignore"):  # infinity is above every bound
+            squares = [float(np.dot(flat, flat)) for flat in (array.ravel() for array in delta.values())]
+        norm = math.sqrt(sum(squares))
         if norm > limits.max_norm:
             raise PeerError(Rejection.NORM_TOO_LARGE, f"L2 norm {norm:.4g}, at most {limits.max_norm:.4g}")
     return delta
