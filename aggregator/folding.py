@@ -7,7 +7,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from aggregator.admission import Limits, check_update
-from aggregator.store import Store, StoredUpdate, move_durably
+from aggregator.records import StoredUpdate
+from aggregator.store import Store, move_durably
 from aggregator.strategies import Accumulator, Strategy
 from federation.task.checkpoint import CheckpointInfo, checkpoint_bytes, read_checkpoint
 from federation.task.model_card import HoldOutMetrics

@@ -17,10 +17,9 @@ from aggregator.admission import Limits, OpenRound
 from aggregator.config import AggregatorConfig
 from aggregator.enrolment import Enrolment
 from aggregator.folding import Evaluator, FoldResult, fold
+from aggregator.presence import Presence
 from aggregator.reception import Checked, Reception
 from aggregator.rounds import (
-    AgentOffline,
-    AgentOnline,
     Command,
     Evaluate,
     Evaluated,
@@ -38,7 +37,6 @@ from aggregator.rounds import OpenRound as OpenCommand
 from aggregator.seeding import Seeder
 from aggregator.store import Store
 from aggregator.strategies import FedAvg
-from federation.errors import PeerError
 from federation.task.checkpoint import CheckpointInfo, read_checkpoint
 from federation.task.model_card import HoldOutMetrics
 from federation.wire.address import BrokerAddress
@@ -55,15 +53,12 @@ from federation.wire.link import (
 )
 from federation.wire.messages import (
     STATE_INTERVAL_S,
-    AgentState,
     AggregatorState,
     IdlePlan,
     ObjectRef,
     Plan,
     RoundPlan,
     TaskSpec,
-    Telemetry,
-    decode_json,
     encode_json,
 )
 from federation.wire.objects import ref_of_file
@@ -74,9 +69,6 @@ log = structlog.get_logger()
 
 PACKET_OVERHEAD_BYTES = 1024
 """Room for topic and headers when a chunk is fitted into the broker's largest packet."""
-
-TELEMETRY_INTERVAL_S = 1.0
-"""At most one health report per agent is kept in this time: each is a write to the disk."""
 
 LAST_WORDS_S = 5.0
 CHECKERS = 2
@@ -149,11 +141,15 @@ class Service:
             executor=self._executor,
             post=self._inbox.post,
         )
+        self._presence = Presence(
+            store=store,
+            enrolled=lambda agent: enrolment.key_of(agent) is not None,
+            encoding=config.encoding,
+            on_gone=self._reception.gone,
+        )
         self._seeder = Seeder(
             self._link, self._topics, store, lambda sha256: self._inbox.post(_ModelPresent(sha256))
         )
-        self._sessions: dict[str, str] = {}
-        self._telemetry_at: dict[str, float] = {}
         self._base: tuple[Path, ObjectRef] | None = None
         self._plan: bytes | None = None
         self._held_plan: RoundPlan | None = None
@@ -261,7 +257,7 @@ class Service:
             case _FoldDone(number, result):
                 self._store.close_round(number, result.seconds)
                 log.info("round_closed", round=number, fold_s=round(result.seconds, 3))
-                return [*self._revoked(), Folded()]
+                return [*self._presence.revoked(), Folded()]
             case _EvaluationDone(number, metrics, seconds):
                 return [Evaluated(self._keep_metrics(number, metrics, seconds))]
             case _ModelPresent(sha256):
@@ -307,67 +303,14 @@ class Service:
             return []
         match topic.kind:
             case "state" if message.payload:
-                return self._agent_state(topic.agent, message.payload)
+                return self._presence.state(topic.agent, message.payload)
             case "offer":
                 return self._reception.message(topic.agent, message.payload, now)
             case "chunk":
                 self._reception.chunk(topic.agent, topic.sha256, topic.index, message.payload, now)
             case "telemetry":
-                self._telemetry(topic.agent, message.payload, now)
+                self._presence.telemetry(topic.agent, message.payload, now)
         return []
-
-    def _telemetry(self, agent: str, payload: bytes, now: float) -> None:
-        if now < self._telemetry_at.get(agent, -TELEMETRY_INTERVAL_S) + TELEMETRY_INTERVAL_S:
-            return
-        try:
-            telemetry = decode_json(payload, Telemetry)
-        except PeerError as error:
-            log.debug("telemetry_refused", agent=agent, detail=error.detail)
-            return
-        if self._sessions.get(agent) == telemetry.session:
-            self._store.record_telemetry(agent, telemetry)
-            self._telemetry_at[agent] = now
-
-    def _agent_state(self, agent: str, payload: bytes) -> list[Event]:
-        if self._enrolment.key_of(agent) is None:
-            log.debug("state_ignored", agent=agent, reason="not enrolled")
-            return self._revoked()
-        try:
-            state = decode_json(payload, AgentState)
-        except PeerError as error:
-            log.warning("refused", agent=agent, code=error.code.value, detail=error.detail)
-            return []
-        if state.state == "offline":
-            if self._sessions.get(agent) != state.session:
-                return []  # the will of an earlier connection, or of an earlier life
-            del self._sessions[agent]
-            self._store.record_agent(agent, state)
-            self._reception.gone(agent)
-            log.info("agent_offline", agent=agent)
-            return [AgentOffline(agent)]
-        if self._sessions.get(agent) == state.session:
-            return []
-        self._sessions[agent] = state.session
-        self._store.record_agent(agent, state)
-        capabilities = state.capabilities
-        if capabilities is None or capabilities.device == "none":
-            return [AgentOffline(agent)]
-        if self._config.encoding not in capabilities.encodings:
-            log.warning(
-                "agent_ineligible", agent=agent, reason=f"cannot encode {self._config.encoding!r}: upgrade it"
-            )
-            return [AgentOffline(agent)]
-        log.info("agent_online", agent=agent, device=capabilities.device, samples=capabilities.samples)
-        return [AgentOnline(agent)]
-
-    def _revoked(self) -> list[Event]:
-        """Forget the agents that are not enrolled any more: nothing that they send would count."""
-        gone = [agent for agent in self._sessions if self._enrolment.key_of(agent) is None]
-        for agent in gone:
-            del self._sessions[agent]
-            self._reception.gone(agent)
-            log.info("agent_revoked", agent=agent)
-        return [AgentOffline(agent) for agent in gone]
 
     # --- carrying out ---------------------------------------------------------------------------------------------
 

@@ -207,11 +207,17 @@ def external_address(config: AggregatorConfig, enrolment: Enrolment) -> BrokerAd
 
 def advertised_url(config: AggregatorConfig, enrolment: Enrolment) -> str:
     """The URL that enrolled devices use: ``broker.advertise``, or what follows from where the broker is."""
-    if config.broker.advertise:
-        return config.broker.advertise
     if config.broker.url != EMBEDDED:
-        return config.broker.url
+        return config.broker.advertise or config.broker.url
     broker = embedded_broker(config, enrolment)
+    if config.broker.advertise:
+        # What an MQTT 3.1.1 broker cannot say of itself, the bundle does.
+        options = broker.url.partition("?")[2]
+        return (
+            config.broker.advertise
+            if "?" in config.broker.advertise
+            else f"{config.broker.advertise}?{options}"
+        )
     everywhere = broker.host in ("0.0.0.0", "::")  # noqa: S104 - compared with, not bound to
     return broker.url_at(socket.getfqdn() if everywhere else broker.host)
 

@@ -12,130 +12,25 @@ A fact is committed before anybody is told of it. Weights are written whole, the
 between the two leaves a file that nobody names, never a name without its file.
 """
 
-import fcntl
-import os
-import secrets
 import shutil
-import sqlite3
-import threading
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Self
 
 import msgspec
 
-from federation.errors import ConfigError, Rejection
+from aggregator.database import Database
+from aggregator.records import StoredAgent, StoredRound, StoredUpdate
+from federation.errors import Rejection
 from federation.files import disk_error, sync_folder, write_whole
 from federation.task.checkpoint import FOLDER, checkpoint_path
 from federation.task.model_card import HoldOutMetrics
 from federation.wire.messages import AgentState, Capabilities, Telemetry, TrainMetrics, UpdateOffer
 
-SCHEMA_VERSION = 1
-
-_SCHEMA = """
-CREATE TABLE IF NOT EXISTS meta (key TEXT PRIMARY KEY, value TEXT NOT NULL) STRICT;
-CREATE TABLE IF NOT EXISTS rounds (
-    round INTEGER PRIMARY KEY, attempt INTEGER NOT NULL, phase TEXT NOT NULL, cohort TEXT NOT NULL, base TEXT NOT NULL,
-    opened_at REAL NOT NULL, deadline_at REAL NOT NULL, closed_at REAL, fold_s REAL,
-    loss REAL, accuracy REAL, evaluate_s REAL
-) STRICT;
-CREATE TABLE IF NOT EXISTS updates (
-    round INTEGER NOT NULL, agent TEXT NOT NULL, sha256 TEXT NOT NULL, bytes INTEGER NOT NULL, samples INTEGER NOT NULL,
-    metrics TEXT NOT NULL, stored_at REAL NOT NULL, PRIMARY KEY (round, agent)
-) STRICT;
-CREATE TABLE IF NOT EXISTS agents (
-    agent TEXT PRIMARY KEY, online INTEGER NOT NULL, session TEXT NOT NULL, capabilities TEXT NOT NULL,
-    changed_at REAL NOT NULL, telemetry TEXT NOT NULL DEFAULT ''
-) STRICT;
-CREATE TABLE IF NOT EXISTS refusals (
-    id INTEGER PRIMARY KEY, round INTEGER NOT NULL, agent TEXT NOT NULL, code TEXT NOT NULL, detail TEXT NOT NULL, at REAL NOT NULL
-) STRICT;
-CREATE INDEX IF NOT EXISTS refusals_by_code ON refusals (code);
-"""
-
 REFUSALS_KEPT = 10_000
 """Rows of the refusal log; older ones go, so that a hostile device cannot fill the disk."""
 
 
-@dataclass(frozen=True, slots=True)
-class StoredUpdate:
-    """An accepted update.
-
-    Attributes:
-        agent: Who sent it.
-        sha256: Of its bytes.
-        bytes: Its length.
-        samples: Its weight.
-        metrics: Of the local training.
-        path: Its file; gone once the round's checkpoint is durable.
-    """
-
-    agent: str
-    sha256: str
-    bytes: int
-    samples: int
-    metrics: TrainMetrics
-    path: Path
-
-
-@dataclass(frozen=True, slots=True)
-class StoredRound:
-    """A round as the store knows it.
-
-    Attributes:
-        round: Number.
-        attempt: Last announced.
-        phase: ``open``, ``folding`` or ``closed``.
-        cohort: Invited agents.
-        base: SHA-256 of the model that it started from.
-        opened_at: Unix seconds.
-        deadline_at: Unix seconds.
-        closed_at: Unix seconds; None while it is not closed.
-        fold_s: Seconds that averaging took.
-        loss: Hold-out loss, nats.
-        accuracy: Hold-out top-1, in [0, 1].
-        evaluate_s: Seconds that the evaluation took.
-    """
-
-    round: int
-    attempt: int
-    phase: str
-    cohort: tuple[str, ...]
-    base: str
-    opened_at: float
-    deadline_at: float
-    closed_at: float | None
-    fold_s: float | None
-    loss: float | None
-    accuracy: float | None
-    evaluate_s: float | None
-
-
-@dataclass(frozen=True, slots=True)
-class StoredAgent:
-    """An agent as it last announced itself.
-
-    Attributes:
-        agent: Name.
-        online: Whether its last word was a birth.
-        session: Of that birth or death.
-        capabilities: From the last birth; None before the first.
-        changed_at: Unix seconds of the last change.
-        telemetry: Its last health report, if any.
-    """
-
-    agent: str
-    online: bool
-    session: str
-    capabilities: Capabilities | None
-    changed_at: float
-    telemetry: Telemetry | None
-
-
-class Store:
+class Store(Database):
     """The state folder of one federation's aggregator.
 
     Args:
@@ -148,109 +43,12 @@ class Store:
     """
 
     def __init__(self, folder: Path, federation: str | None = None, *, create: bool = False) -> None:
-        self.folder = folder
-        database = folder / "store.sqlite"
-        if not create and not database.exists():
-            raise ConfigError(
-                f"{folder} is not the state folder of an aggregator: there is no {database.name} in it"
-            )
+        super().__init__(folder, federation, create=create)
         try:
             for name in (FOLDER, "updates", "incoming"):
-                (folder / name).mkdir(parents=True, exist_ok=True)
-            self._db = sqlite3.connect(database, isolation_level=None, timeout=30.0, check_same_thread=False)
-            # FULL: a commit is on the disk when it returns, since receipts promise it.
-            self._db.executescript("PRAGMA journal_mode = WAL; PRAGMA synchronous = FULL;" + _SCHEMA)
+                (folder / name).mkdir(exist_ok=True)
         except OSError as error:
             raise disk_error(error, folder) from error
-        except sqlite3.Error as error:
-            raise ConfigError(f"cannot open {database}: {error}") from error
-        self._lock_file: int | None = None
-        self._one_writer = threading.RLock()
-        self._check_meta(federation)
-
-    def _check_meta(self, federation: str | None) -> None:
-        with self._transaction() as db:
-            meta = dict(db.execute("SELECT key, value FROM meta"))
-            if not meta and federation is not None:
-                meta = {
-                    "schema": str(SCHEMA_VERSION),
-                    "federation": federation,
-                    "run": secrets.token_hex(8),
-                    "created_at": str(time.time()),
-                }
-                db.executemany("INSERT INTO meta VALUES (?, ?)", meta.items())
-        if int(meta.get("schema", SCHEMA_VERSION)) > SCHEMA_VERSION:
-            raise ConfigError(
-                f"{self.folder} was written by a newer fedge (format {meta['schema']}, this one reads up to {SCHEMA_VERSION}): "
-                "upgrade fedge"
-            )
-        if federation is not None and meta["federation"] != federation:
-            raise ConfigError(
-                f"{self.folder} holds the federation {meta['federation']!r}, not {federation!r}: "
-                "choose another state_dir, or set federation to match"
-            )
-        self.federation = meta.get("federation", "")
-        self.run = meta.get("run", "")
-
-    def lock(self) -> None:
-        """Become the one process that serves this folder.
-
-        Raises:
-            ConfigError: If another process does.
-        """
-        handle = os.open(self.folder / "lock", os.O_RDWR | os.O_CREAT, 0o600)
-        try:
-            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            os.close(handle)
-            raise ConfigError(
-                f"another aggregator is serving {self.folder}; stop it first, or use another state_dir"
-            ) from None
-        self._lock_file = handle
-
-    def close(self) -> None:
-        """Release the database and the lock."""
-        self._db.close()
-        if self._lock_file is not None:
-            os.close(self._lock_file)
-            self._lock_file = None
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.close()
-
-    @contextmanager
-    def _transaction(self) -> Iterator[sqlite3.Connection]:
-        try:
-            with self._one_writer:
-                self._db.execute("BEGIN IMMEDIATE")
-                try:
-                    yield self._db
-                except BaseException:
-                    self._db.execute("ROLLBACK")
-                    raise
-                self._db.execute("COMMIT")
-        except sqlite3.OperationalError as error:
-            raise ConfigError(
-                f"cannot write {self.folder / 'store.sqlite'}: {error}; free disk space or fix its permissions, nothing was lost"
-            ) from error
-
-    # --- settings of the run ------------------------------------------------------------------------------------
-
-    def remember(self, key: str, value: str) -> None:
-        """Keep one fact of the run."""
-        with self._transaction() as db:
-            db.execute(
-                "INSERT INTO meta VALUES (?, ?) ON CONFLICT (key) DO UPDATE SET value = excluded.value",
-                (key, value),
-            )
-
-    def recall(self, key: str) -> str | None:
-        """Read a fact that was remembered."""
-        row = self._db.execute("SELECT value FROM meta WHERE key = ?", (key,)).fetchone()
-        return None if row is None else str(row[0])
 
     # --- rounds -------------------------------------------------------------------------------------------------
 
@@ -259,7 +57,7 @@ class Store:
     ) -> None:
         """Record that a round, or its next attempt, is open."""
         now = time.time()
-        with self._transaction() as db:
+        with self.transaction() as db:
             db.execute(
                 "INSERT INTO rounds (round, attempt, phase, cohort, base, opened_at, deadline_at) "
                 "VALUES (?, ?, 'open', ?, ?, ?, ?) ON CONFLICT (round) DO UPDATE SET "
@@ -269,12 +67,12 @@ class Store:
 
     def start_folding(self, number: int) -> None:
         """Record that the round takes no further update, so that a restart folds exactly the same ones."""
-        with self._transaction() as db:
+        with self.transaction() as db:
             db.execute("UPDATE rounds SET phase = 'folding' WHERE round = ?", (number,))
 
     def close_round(self, number: int, fold_s: float) -> None:
         """Record that the round's checkpoint is durable, and forget its updates' files."""
-        with self._transaction() as db:
+        with self.transaction() as db:
             db.execute(
                 "UPDATE rounds SET phase = 'closed', closed_at = ?, fold_s = ? WHERE round = ?",
                 (time.time(), fold_s, number),
@@ -283,7 +81,7 @@ class Store:
 
     def record_evaluation(self, number: int, loss: float, accuracy: float, evaluate_s: float) -> None:
         """Record the hold-out metrics of a closed round."""
-        with self._transaction() as db:
+        with self.transaction() as db:
             db.execute(
                 "UPDATE rounds SET loss = ?, accuracy = ?, evaluate_s = ? WHERE round = ?",
                 (loss, accuracy, evaluate_s, number),
@@ -291,7 +89,7 @@ class Store:
 
     def rounds(self) -> list[StoredRound]:
         """All rounds, oldest first."""
-        rows = self._db.execute(
+        rows = self.read(
             "SELECT round, attempt, phase, cohort, base, opened_at, deadline_at, closed_at, fold_s, loss, accuracy, "
             "evaluate_s FROM rounds ORDER BY round"
         )
@@ -316,7 +114,7 @@ class Store:
 
     def record_update(self, number: int, agent: str, offer: UpdateOffer) -> None:
         """Commit that an update, whose file is durable already, counts in the round."""
-        with self._transaction() as db:
+        with self.transaction() as db:
             db.execute(
                 "INSERT INTO updates VALUES (?, ?, ?, ?, ?, ?, ?)",
                 (
@@ -332,7 +130,7 @@ class Store:
 
     def updates(self, number: int) -> dict[str, StoredUpdate]:
         """Accepted updates of a round, by agent, sorted by name."""
-        rows = self._db.execute(
+        rows = self.read(
             "SELECT agent, sha256, bytes, samples, metrics FROM updates WHERE round = ? ORDER BY agent",
             (number,),
         )
@@ -351,8 +149,7 @@ class Store:
     def sweep(self) -> None:
         """Delete update files and uploads that no open round names: leftovers of closed rounds and of crashes."""
         open_rounds = {
-            f"{row[0]:06d}": row[0]
-            for row in self._db.execute("SELECT round FROM rounds WHERE phase != 'closed'")
+            f"{row[0]:06d}": row[0] for row in self.read("SELECT round FROM rounds WHERE phase != 'closed'")
         }
         for folder in (self.folder / "updates").iterdir():
             if folder.name not in open_rounds:
@@ -394,7 +191,7 @@ class Store:
     def record_agent(self, agent: str, state: AgentState) -> None:
         """Keep an agent's last word."""
         capabilities = "" if state.capabilities is None else msgspec.json.encode(state.capabilities).decode()
-        with self._transaction() as db:
+        with self.transaction() as db:
             db.execute(
                 "INSERT INTO agents (agent, online, session, capabilities, changed_at) VALUES (?, ?, ?, ?, ?) ON CONFLICT (agent) DO UPDATE SET online = excluded.online, "
                 "session = excluded.session, changed_at = excluded.changed_at, "
@@ -404,7 +201,7 @@ class Store:
 
     def record_telemetry(self, agent: str, telemetry: Telemetry) -> None:
         """Keep an agent's last health report."""
-        with self._transaction() as db:
+        with self.transaction() as db:
             db.execute(
                 "UPDATE agents SET telemetry = ? WHERE agent = ?",
                 (msgspec.json.encode(telemetry).decode(), agent),
@@ -412,12 +209,12 @@ class Store:
 
     def forget_presence(self) -> None:
         """Take all agents for offline: whoever is online says so again."""
-        with self._transaction() as db:
+        with self.transaction() as db:
             db.execute("UPDATE agents SET online = 0")
 
     def agents(self) -> list[StoredAgent]:
         """All agents that ever announced themselves, by name."""
-        rows = self._db.execute(
+        rows = self.read(
             "SELECT agent, online, session, capabilities, changed_at, telemetry FROM agents ORDER BY agent"
         )
         return [
@@ -434,7 +231,7 @@ class Store:
 
     def record_refusal(self, number: int, agent: str, code: Rejection, detail: str) -> None:
         """Keep why something of an agent was refused."""
-        with self._transaction() as db:
+        with self.transaction() as db:
             db.execute(
                 "INSERT INTO refusals (round, agent, code, detail, at) VALUES (?, ?, ?, ?, ?)",
                 (number, agent, code.value, detail, time.time()),
@@ -445,14 +242,14 @@ class Store:
 
     def refusals(self, limit: int = 20) -> list[tuple[int, str, str, str, float]]:
         """The newest refusals: round, agent, code, detail, Unix seconds."""
-        rows = self._db.execute(
+        rows = self.read(
             "SELECT round, agent, code, detail, at FROM refusals ORDER BY id DESC LIMIT ?", (limit,)
         )
         return [tuple(row) for row in rows]
 
     def refusal_counts(self) -> dict[str, int]:
         """How many were refused, by code."""
-        return dict(self._db.execute("SELECT code, count(*) FROM refusals GROUP BY code ORDER BY code"))
+        return dict(self.read("SELECT code, count(*) FROM refusals GROUP BY code ORDER BY code"))
 
 
 def move_durably(source: Path, target: Path) -> None:

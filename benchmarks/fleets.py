@@ -7,8 +7,9 @@ from pathlib import Path
 
 from aggregator.broker_process import BrokerFiles
 from aggregator.enrolment import Enrolment
+from aggregator.records import StoredRound, StoredUpdate
 from aggregator.status import collect
-from aggregator.store import Store, StoredRound, StoredUpdate
+from aggregator.store import Store
 from benchmarks.processes import Child, Children, module, peak_mb
 from benchmarks.runner import BenchmarkError
 from federation.bundle import write_bundle

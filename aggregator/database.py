@@ -1,0 +1,167 @@
+"""The SQLite database of a state folder: its schema, whose it is, one server at a time, durable transactions."""
+
+import fcntl
+import os
+import secrets
+import sqlite3
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Self
+
+from federation.errors import ConfigError
+from federation.files import disk_error
+
+SCHEMA_VERSION = 1
+
+_SCHEMA = """
+CREATE TABLE IF NOT EXISTS meta (key TEXT PRIMARY KEY, value TEXT NOT NULL) STRICT;
+CREATE TABLE IF NOT EXISTS rounds (
+    round INTEGER PRIMARY KEY, attempt INTEGER NOT NULL, phase TEXT NOT NULL, cohort TEXT NOT NULL, base TEXT NOT NULL,
+    opened_at REAL NOT NULL, deadline_at REAL NOT NULL, closed_at REAL, fold_s REAL,
+    loss REAL, accuracy REAL, evaluate_s REAL
+) STRICT;
+CREATE TABLE IF NOT EXISTS updates (
+    round INTEGER NOT NULL, agent TEXT NOT NULL, sha256 TEXT NOT NULL, bytes INTEGER NOT NULL, samples INTEGER NOT NULL,
+    metrics TEXT NOT NULL, stored_at REAL NOT NULL, PRIMARY KEY (round, agent)
+) STRICT;
+CREATE TABLE IF NOT EXISTS agents (
+    agent TEXT PRIMARY KEY, online INTEGER NOT NULL, session TEXT NOT NULL, capabilities TEXT NOT NULL,
+    changed_at REAL NOT NULL, telemetry TEXT NOT NULL DEFAULT ''
+) STRICT;
+CREATE TABLE IF NOT EXISTS refusals (
+    id INTEGER PRIMARY KEY, round INTEGER NOT NULL, agent TEXT NOT NULL, code TEXT NOT NULL, detail TEXT NOT NULL, at REAL NOT NULL
+) STRICT;
+CREATE INDEX IF NOT EXISTS refusals_by_code ON refusals (code);
+"""
+
+
+class Database:
+    """SQLite in WAL mode in one federation's state folder.
+
+    Args:
+        folder: ``STATE``; created when ``create`` is set.
+        federation: Must match what the folder was made for.
+        create: Whether a missing folder may be created.
+
+    Attributes:
+        folder: ``STATE``.
+        federation: Whose it is.
+        run: Identifier of the run; a new folder is a new run.
+
+    Raises:
+        ConfigError: If the folder belongs to another federation or a newer fedge, is missing, or cannot be written.
+    """
+
+    def __init__(self, folder: Path, federation: str | None = None, *, create: bool = False) -> None:
+        self.folder = folder
+        database = folder / "store.sqlite"
+        if not create and not database.exists():
+            raise ConfigError(
+                f"{folder} is not the state folder of an aggregator: there is no {database.name} in it"
+            )
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            self._db = sqlite3.connect(database, isolation_level=None, timeout=30.0, check_same_thread=False)
+            # FULL: a commit is on the disk when it returns, since receipts promise it.
+            self._db.executescript("PRAGMA journal_mode = WAL; PRAGMA synchronous = FULL;" + _SCHEMA)
+        except OSError as error:
+            raise disk_error(error, folder) from error
+        except sqlite3.Error as error:
+            raise ConfigError(f"cannot open {database}: {error}") from error
+        self._lock_file: int | None = None
+        self._one_writer = threading.RLock()
+        self._check_meta(federation)
+
+    def _check_meta(self, federation: str | None) -> None:
+        with self.transaction() as db:
+            meta = dict(db.execute("SELECT key, value FROM meta"))
+            if not meta and federation is not None:
+                meta = {
+                    "schema": str(SCHEMA_VERSION),
+                    "federation": federation,
+                    "run": secrets.token_hex(8),
+                    "created_at": str(time.time()),
+                }
+                db.executemany("INSERT INTO meta VALUES (?, ?)", meta.items())
+        if int(meta.get("schema", SCHEMA_VERSION)) > SCHEMA_VERSION:
+            raise ConfigError(
+                f"{self.folder} was written by a newer fedge (format {meta['schema']}, this one reads up to {SCHEMA_VERSION}): "
+                "upgrade fedge"
+            )
+        if federation is not None and meta["federation"] != federation:
+            raise ConfigError(
+                f"{self.folder} holds the federation {meta['federation']!r}, not {federation!r}: "
+                "choose another state_dir, or set federation to match"
+            )
+        self.federation = meta.get("federation", "")
+        self.run = meta.get("run", "")
+
+    def lock(self) -> None:
+        """Become the one process that serves this folder.
+
+        Raises:
+            ConfigError: If another process does.
+        """
+        handle = os.open(self.folder / "lock", os.O_RDWR | os.O_CREAT, 0o600)
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            os.close(handle)
+            raise ConfigError(
+                f"another aggregator is serving {self.folder}; stop it first, or use another state_dir"
+            ) from None
+        self._lock_file = handle
+
+    def close(self) -> None:
+        """Release the database and the lock."""
+        self._db.close()
+        if self._lock_file is not None:
+            os.close(self._lock_file)
+            self._lock_file = None
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    @contextmanager
+    def transaction(self) -> Iterator[sqlite3.Connection]:
+        """All or nothing, and on the disk at the end.
+
+        Raises:
+            ConfigError: If it cannot be written.
+        """
+        try:
+            with self._one_writer:
+                self._db.execute("BEGIN IMMEDIATE")
+                try:
+                    yield self._db
+                except BaseException:
+                    self._db.execute("ROLLBACK")
+                    raise
+                self._db.execute("COMMIT")
+        except sqlite3.OperationalError as error:
+            raise ConfigError(
+                f"cannot write {self.folder / 'store.sqlite'}: {error}; free disk space or fix its permissions, nothing was lost"
+            ) from error
+
+    def remember(self, key: str, value: str) -> None:
+        """Keep one fact of the run."""
+        with self.transaction() as db:
+            db.execute(
+                "INSERT INTO meta VALUES (?, ?) ON CONFLICT (key) DO UPDATE SET value = excluded.value",
+                (key, value),
+            )
+
+    def recall(self, key: str) -> str | None:
+        """Read a fact that was remembered."""
+        row = self._db.execute("SELECT value FROM meta WHERE key = ?", (key,)).fetchone()
+        return None if row is None else str(row[0])
+
+    def read(self, query: str, parameters: tuple[object, ...] = ()) -> sqlite3.Cursor:
+        """Run a query that changes nothing."""
+        return self._db.execute(query, parameters)

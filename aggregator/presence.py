@@ -1,0 +1,105 @@
+"""Who is online: births, deaths and health reports, as far as they come from enrolled agents."""
+
+from collections.abc import Callable
+
+import structlog
+
+from aggregator.rounds import AgentOffline, AgentOnline, Event
+from aggregator.store import Store
+from federation.errors import PeerError
+from federation.wire.messages import AgentState, Telemetry, decode_json
+
+log = structlog.get_logger()
+
+TELEMETRY_INTERVAL_S = 1.0
+"""At most one health report per agent is kept in this time: each is a write to the disk."""
+
+
+class Presence:
+    """Turns what agents say of themselves into events of the run. Single-threaded.
+
+    Args:
+        store: Keeps everybody's last word.
+        enrolled: Whether an agent is (still) enrolled.
+        encoding: That an agent must be able to write to take part.
+        on_gone: Called with the name of an agent that went away.
+    """
+
+    def __init__(
+        self,
+        *,
+        store: Store,
+        enrolled: Callable[[str], bool],
+        encoding: str,
+        on_gone: Callable[[str], None],
+    ) -> None:
+        self._store, self._enrolled, self._encoding, self._on_gone = store, enrolled, encoding, on_gone
+        self._sessions: dict[str, str] = {}
+        self._reported_at: dict[str, float] = {}
+
+    def state(self, agent: str, payload: bytes) -> list[Event]:
+        """Take a birth or a death (JSON of :class:`AgentState`).
+
+        Returns:
+            What it means for the run: nothing, for a repeat or for the will of an earlier session.
+        """
+        if not self._enrolled(agent):
+            log.debug("state_ignored", agent=agent, reason="not enrolled")
+            return self.revoked()
+        try:
+            state = decode_json(payload, AgentState)
+        except PeerError as error:
+            log.warning("refused", agent=agent, code=error.code.value, detail=error.detail)
+            return []
+        return self._death(agent, state) if state.state == "offline" else self._birth(agent, state)
+
+    def _death(self, agent: str, state: AgentState) -> list[Event]:
+        if self._sessions.get(agent) != state.session:
+            return []  # the will of an earlier connection, or of an earlier life
+        self._forget(agent)
+        self._store.record_agent(agent, state)
+        log.info("agent_offline", agent=agent)
+        return [AgentOffline(agent)]
+
+    def _birth(self, agent: str, state: AgentState) -> list[Event]:
+        if self._sessions.get(agent) == state.session:
+            return []
+        self._sessions[agent] = state.session
+        self._store.record_agent(agent, state)
+        able = state.capabilities
+        if able is None or able.device == "none":
+            return [AgentOffline(agent)]
+        if self._encoding not in able.encodings:
+            log.warning(
+                "agent_ineligible", agent=agent, reason=f"cannot encode {self._encoding!r}: upgrade it"
+            )
+            return [AgentOffline(agent)]
+        log.info("agent_online", agent=agent, device=able.device, samples=able.samples)
+        return [AgentOnline(agent)]
+
+    def revoked(self) -> list[Event]:
+        """Forget the agents that are not enrolled any more: nothing that they send would count."""
+        gone = [agent for agent in self._sessions if not self._enrolled(agent)]
+        for agent in gone:
+            self._forget(agent)
+            log.info("agent_revoked", agent=agent)
+        return [AgentOffline(agent) for agent in gone]
+
+    def telemetry(self, agent: str, payload: bytes, now: float) -> None:
+        """Take a health report (JSON of :class:`Telemetry`) of an agent that is online."""
+        last = self._reported_at.get(agent)
+        if last is not None and now < last + TELEMETRY_INTERVAL_S:
+            return
+        try:
+            telemetry = decode_json(payload, Telemetry)
+        except PeerError as error:
+            log.debug("telemetry_refused", agent=agent, detail=error.detail)
+            return
+        if self._sessions.get(agent) == telemetry.session:
+            self._store.record_telemetry(agent, telemetry)
+            self._reported_at[agent] = now
+
+    def _forget(self, agent: str) -> None:
+        del self._sessions[agent]
+        self._reported_at.pop(agent, None)
+        self._on_gone(agent)
