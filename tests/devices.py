@@ -18,6 +18,7 @@ from federation.wire.messages import (
     Capabilities,
     Credit,
     IdlePlan,
+    ObjectRef,
     Receipt,
     RoundPlan,
     TrainMetrics,
@@ -27,7 +28,7 @@ from federation.wire.messages import (
 )
 from federation.wire.signing import AGGREGATOR, Purpose, private_key, public_key, seal, unseal
 from federation.wire.topics import Topics
-from federation.wire.transfer import chunk_span, make_ref
+from federation.wire.transfer import check_chunk, chunk_span, make_ref
 
 DEADLINE_S = 30.0
 REPEAT_S = 1.0
@@ -81,6 +82,7 @@ class Device:
         self.plan: RoundPlan | IdlePlan | None = None
         self.asked: deque[Credit] = deque()
         self.receipts: list[Receipt] = []
+        self._chunks: dict[int, bytes] = {}
         self.link = Link(
             where or address(bundle),
             f"{self.name}-{self._birth.session}",
@@ -94,6 +96,10 @@ class Device:
         """Wait until it is connected and has announced itself."""
         self.until(lambda: self.connects > 0, "the broker")
         return self
+
+    def reconnected(self, connects: int) -> None:
+        """Wait until it is connected once more than ``connects`` times."""
+        self.until(lambda: self.connects > connects, "the broker again")
 
     def stop(self) -> None:
         """Say goodbye."""
@@ -130,6 +136,14 @@ class Device:
         self.until(arrived, f"plan of round {number}")
         assert isinstance(self.plan, RoundPlan)
         return self.plan
+
+    def fetch(self, ref: ObjectRef) -> bytes:
+        """Download an object as any device may: every chunk checked."""
+        self.link.subscribe([(self.topics.object_chunk(ref.sha256, index), 0) for index in range(ref.chunks)])
+        self.until(lambda: len(self._chunks) == ref.chunks, f"{ref.chunks} chunks of {ref.sha256[:12]}")
+        for index, payload in self._chunks.items():
+            check_chunk(ref, index, payload)
+        return b"".join(self._chunks[index] for index in range(ref.chunks))
 
     def offer(self, plan: RoundPlan, data: bytes, *, samples: int = 10) -> UpdateOffer:
         """An honest offer of ``data``."""
@@ -205,8 +219,11 @@ class Device:
 
     def _message(self, topic: str, payload: bytes) -> None:
         federation = self.topics.federation
-        if topic == self.topics.plan:
-            self.plan = unseal(
+        chunk = self.topics.parse_object_chunk(topic)
+        if chunk is not None:
+            self._chunks[chunk[1]] = payload
+        elif topic == self.topics.plan:
+            plan: RoundPlan | IdlePlan = unseal(
                 payload,
                 RoundPlan | IdlePlan,  # type: ignore[arg-type]  # msgspec takes a union of tagged structs
                 purpose=Purpose.PLAN,
@@ -214,6 +231,8 @@ class Device:
                 sender=AGGREGATOR,
                 key=self._aggregator,
             )
+            if self.plan is None or plan.round >= self.plan.round:  # else an older one came late
+                self.plan = plan
         elif topic == self.topics.credit(self.name):
             self.asked.append(decode_msgpack(payload, Credit))
         elif topic == self.topics.receipt(self.name):

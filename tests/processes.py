@@ -20,7 +20,7 @@ from aggregator.broker import EmbeddedBroker, reload_running
 from aggregator.enrolment import MOSQUITTO_FOLDER, Enrolment
 from aggregator.status import Report, RoundStatus, collect
 from aggregator.store import Store
-from federation.bundle import Bundle, write_bundle
+from federation.bundle import Bundle, read_bundle, write_bundle
 from federation.errors import ConfigError
 from federation.task.checkpoint import CheckpointInfo, checkpoint_bytes, read_checkpoint
 from federation.wire.messages import TaskSpec
@@ -168,6 +168,10 @@ class Federation:
             reload_running(self.state)
         return bundle
 
+    def enrolment_of(self, name: str) -> Bundle:
+        """The bundle of a device that was enrolled."""
+        return read_bundle(self.bundles[name])
+
     def serve(self, *arguments: object, environment: Mapping[str, str] | None = None) -> Process:
         """Start the aggregator, or start it again on the same state."""
         where = (
@@ -225,6 +229,10 @@ class Federation:
             until(ready, timeout_s=timeout_s, what=what)
         except AssertionError as error:
             raise AssertionError(f"{error}\n{self.tails()}") from None
+
+    def until_closed(self, number: int) -> None:
+        """Wait until that round's model is on disk."""
+        self.until(lambda: self.closed(number), f"round {number} closes")
 
     def tensors(self, number: int) -> Tensors:
         """The global model after a round."""
