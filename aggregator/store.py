@@ -147,7 +147,9 @@ class Store(Database):
         }
 
     def sweep(self) -> None:
-        """Delete update files and uploads that no open round names: leftovers of closed rounds and of crashes."""
+        """Delete what no round needs: files of closed rounds, and what a crash left half written."""
+        for file in (self.folder / FOLDER).glob(".*"):
+            file.unlink()
         open_rounds = {
             f"{row[0]:06d}": row[0] for row in self.read("SELECT round FROM rounds WHERE phase != 'closed'")
         }
