@@ -23,6 +23,9 @@ DataOption = Annotated[
         "--data", help="imagefolder:PATH, mnist:PATH, cifar10:PATH, digits, or package.module:factory."
     ),
 ]
+OTHER_LABEL = "(other)"
+"""Stands for what the rest of the fleet has, where this device has images of one class only."""
+
 OneClassOption = Annotated[
     bool, typer.Option("--allow-single-class", help="Accept data of one class only; it trains a poor model.")
 ]
@@ -82,7 +85,7 @@ def run_agent(
         allow_single_class=allow_single_class,
     )
     # Opening the data now, with the labels that it has itself, shows what is wrong with it before the first round.
-    samples = trainer.samples(task_from_data(data, "cnn"))
+    samples = trainer.samples(task_from_data(data, "cnn", stand_in=OTHER_LABEL))
     able = capabilities(device=trainer.device_name, threads=trainer.threads, samples=samples)
     options = Options(
         state_dir=state or default_state(bundle),

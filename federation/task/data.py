@@ -109,7 +109,7 @@ def open_data(
     if len(present) == 1 and not allow_single_class:
         raise ConfigError(
             f"{source.where} has images of one class only, {task.labels[present[0]]!r}: a model trained on it "
-            "learns to answer nothing else. Add other classes, or allow it with allow_single_class"
+            "learns to answer nothing else. Add other classes, or allow it with --allow-single-class"
         )
     rows = np.arange(len(labels)) if partition is None else share(labels, partition)
     labels = labels[rows]
@@ -131,7 +131,9 @@ def open_data(
     return data
 
 
-def task_from_data(spec: str, model: str, *, height: int = 0, width: int = 0, channels: int = 0) -> TaskSpec:
+def task_from_data(
+    spec: str, model: str, *, height: int = 0, width: int = 0, channels: int = 0, stand_in: str = ""
+) -> TaskSpec:
     """The task of learning a data set: its labels, and a fitting size, channel count, mean and std.
 
     ``mnist``, ``fashionmnist``, ``kmnist``, ``cifar10`` and ``digits`` need no data for it, and no path. Of
@@ -144,6 +146,7 @@ def task_from_data(spec: str, model: str, *, height: int = 0, width: int = 0, ch
         height: Pixels; 0 derives it.
         width: Pixels; 0 derives it.
         channels: 1 or 3; 0 derives it.
+        stand_in: A second label for a set with one class only, which is refused without.
 
     Raises:
         ConfigError: If the data cannot be opened, has one class only, or no task can be made of it.
@@ -153,7 +156,8 @@ def task_from_data(spec: str, model: str, *, height: int = 0, width: int = 0, ch
     if known is None:
         source = open_source(name, train=True, task=None)
         own_height, own_width, own_channels = _common_shape(source)
-        known = _Known(0, source.classes, _IMAGENET_MEAN, _IMAGENET_STD)
+        labels = (*source.classes, stand_in) if stand_in and len(source.classes) == 1 else source.classes
+        known = _Known(0, labels, _IMAGENET_MEAN, _IMAGENET_STD)
     else:
         own_height, own_width = known.size, known.size
         own_channels = len(known.mean)

@@ -224,7 +224,7 @@ def test_a_plugin_gives_pictures(new_task: NewTask, limit: int) -> None:
         ("imagefolder:{root}/emtpy", ["does not exist", "did you mean 'empty'?"]),
         ("imagefolder:{root}/empty", ["empty has no class folders", "folder named after it"]),
         ("imagefolder:{root}/hollow", ["hollow/dog holds no images", "remove the folder"]),
-        ("imagefolder:{root}/single", ["one class only, 'cat'", "allow_single_class"]),
+        ("imagefolder:{root}/single", ["one class only, 'cat'", "--allow-single-class"]),
         ("imagefolder:{root}/strangers", ["class 'bird' is not in the federation's task", "cat, dog"]),
         ("imagefolder:{root}/good@iid,agent=1/7", ["6 samples", "7 agents", "share would be empty"]),
         ("imagefolder:{root}/good@iid,agent=4/3", ["agent=4/3 is not one of"]),
