@@ -35,6 +35,8 @@ class Outbox:
     def __init__(self, folder: Path, *, federation: str, agent: str, key: Ed25519PrivateKey) -> None:
         folder.mkdir(parents=True, exist_ok=True)
         self._update, self._offer = folder / "update", folder / "offer"
+        for leftover in folder.glob(".*"):  # power loss in the middle of a write
+            leftover.unlink()
         self._federation, self._agent, self._key = federation, agent, key
 
     def put(
