@@ -24,9 +24,6 @@ log = structlog.get_logger()
 REFUSAL_LOG_INTERVAL_S = 1.0
 """At most one refusal per agent and code is written to disk in this time: a flood must not wear the disk out."""
 
-REFUSAL_MEMORY = 10_000
-"""Pairs of agent and code remembered for that: on a broker without access control, names are free to invent."""
-
 FINAL = frozenset(
     {Rejection.WRONG_BASE, Rejection.WRONG_ENCODING, Rejection.WRONG_LENGTH, Rejection.BAD_SAMPLE_COUNT}
 )
@@ -133,6 +130,8 @@ class Reception:
         return self._offer(message, agent, now)
 
     def _decline(self, decline: Decline, agent: str, now: float) -> list[Event]:
+        if self._state is None:
+            return []
         try:
             check_round(decline, agent, self._require_state())
         except PeerError as error:
@@ -142,8 +141,8 @@ class Reception:
         return [AgentOut(agent)]
 
     def _offer(self, offer: UpdateOffer, agent: str, now: float) -> list[Event]:
-        if self._checking.get(agent) == offer.object.sha256:
-            return []
+        if self._state is None or self._checking.get(agent) == offer.object.sha256:
+            return []  # nothing is known of it yet: the agent offers again
         try:
             if check_offer(offer, agent, self._require_state(), self._limits):
                 self._receipt(agent, offer)
@@ -258,12 +257,12 @@ class Reception:
         self._receipt(agent, offer, error)
 
     def _log_refusal(self, agent: str, error: PeerError, now: float) -> None:
-        last = self._last_refusal.get((agent, error.code))
+        # Strangers share one entry: on a broker without access control, names are free to invent.
+        who = "" if error.code is Rejection.UNKNOWN_AGENT else agent
+        last = self._last_refusal.get((who, error.code))
         if last is not None and now < last + REFUSAL_LOG_INTERVAL_S:
             return
-        if len(self._last_refusal) >= REFUSAL_MEMORY:
-            self._last_refusal.clear()
-        self._last_refusal[agent, error.code] = now
+        self._last_refusal[who, error.code] = now
         log.warning("refused", agent=agent, code=error.code.value, detail=error.detail)
         self._store.record_refusal(self._state.round if self._state else 0, agent, error.code, error.detail)
 
