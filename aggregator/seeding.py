@@ -16,11 +16,12 @@ import msgspec
 import structlog
 
 from aggregator.store import Store
-from federation.errors import FedgeError, TransportError
+from federation.errors import FedgeError, PeerError, TransportError
 from federation.wire.link import LinkLike
 from federation.wire.messages import ObjectRef
 from federation.wire.objects import read_chunk
 from federation.wire.topics import Topics
+from federation.wire.transfer import check_chunk
 
 log = structlog.get_logger()
 
@@ -51,7 +52,9 @@ class Seeder:
         on_present: Called in the seeder's thread with the hash of an object that the broker now holds.
     """
 
-    def __init__(self, link: LinkLike, topics: Topics, store: Store, on_present: Callable[[str], None]) -> None:
+    def __init__(
+        self, link: LinkLike, topics: Topics, store: Store, on_present: Callable[[str], None]
+    ) -> None:
         self._link, self._topics, self._store, self._on_present = link, topics, store, on_present
         self._wanted: deque[_Seeded] = deque(maxlen=OBJECTS_KEPT)
         self._stale: list[ObjectRef] = msgspec.json.decode(
@@ -60,7 +63,7 @@ class Seeder:
         self._present: set[str] = set()
         # Published over an earlier connection, perhaps by an earlier process: the broker may or may not hold it.
         self._doubtful = {ref.sha256 for ref in self._stale}
-        self._probed: dict[str, threading.Event] = {}
+        self._probed: dict[str, tuple[ObjectRef, threading.Event]] = {}
         self._guard = threading.Lock()
         self._work: queue.SimpleQueue[bool] = queue.SimpleQueue()
         self._thread = threading.Thread(target=self._run, name="seeder", daemon=True)
@@ -73,6 +76,11 @@ class Seeder:
                 if ref.sha256 in self._present:
                     self._on_present(ref.sha256)
                 return
+            # The same model cut into other chunks lies on the same topics: it takes the place of its former self.
+            self._present.discard(ref.sha256)
+            former = [seeded for seeded in self._wanted if seeded.ref.sha256 == ref.sha256]
+            for seeded in former:
+                self._wanted.remove(seeded)
             if len(self._wanted) == OBJECTS_KEPT:
                 self._stale.append(self._wanted[0].ref)
             self._wanted.append(_Seeded(ref, path))
@@ -91,8 +99,15 @@ class Seeder:
     def arrived(self, sha256: str, payload: bytes) -> None:
         """A chunk that was asked for came from the broker."""
         probe = self._probed.get(sha256)
-        if probe is not None and payload:
-            probe.set()
+        if probe is None:
+            return
+        ref, there = probe
+        try:
+            check_chunk(ref, ref.chunks - 1, payload)
+        except PeerError as error:  # cut into other chunks by an earlier process, cleared, or damaged
+            log.info("retained_chunk_stale", object=sha256[:12], detail=error.detail)
+        else:
+            there.set()
 
     def stop(self) -> None:
         """End the thread after what it is doing."""
@@ -136,7 +151,8 @@ class Seeder:
             self._store.remember(_MEMORY_KEY, msgspec.json.encode(memory).decode())
 
     def _probe(self, ref: ObjectRef) -> bool:
-        arrived = self._probed[ref.sha256] = threading.Event()
+        arrived = threading.Event()
+        self._probed[ref.sha256] = ref, arrived
         topic = self._topics.object_chunk(ref.sha256, ref.chunks - 1)
         self._link.subscribe([(topic, 0)])
         try:
