@@ -19,6 +19,18 @@ from federation.files import disk_error
 INTERRUPTED = 130
 """128 + SIGINT: what a shell expects of a command that Ctrl-C ended."""
 
+EXTRAS = {
+    "torch": "train",
+    "torchvision": "train",
+    "opacus": "train",
+    "sklearn": "train",
+    "bcrypt": "aggregator",
+    "onnx": "aggregator",
+    "onnxscript": "aggregator",
+    "rich": "aggregator",
+}
+"""Modules that a bare install lacks on purpose, and the extra that brings each."""
+
 BROKEN_PIPE = 1
 """The reader of our output went away; typer uses the same value."""
 
@@ -41,9 +53,10 @@ def new_app(help_text: str) -> typer.Typer:
 def run(app: typer.Typer) -> NoReturn:
     """Run a command line to its end and leave the process with its exit code.
 
-    What the person at the keyboard can mend (any :class:`~federation.errors.FedgeError`, or a file that is missing,
-    forbidden or on a full disk) becomes one line on stderr, ``error: ...``, and the error's exit code. Ctrl-C gives
-    130. A closed output pipe ends quietly. Everything else is a defect of ours and keeps its traceback.
+    What the person at the keyboard can mend (any :class:`~federation.errors.FedgeError`, a package of an extra that
+    is not installed, or a file that is missing, forbidden or on a full disk) becomes one line on stderr, ``error:
+    ...``, and the error's exit code. Ctrl-C gives 130. A closed output pipe ends quietly. Everything else is a defect
+    of ours and keeps its traceback.
 
     Args:
         app: The application, preferably from :func:`new_app`.
@@ -61,6 +74,11 @@ def _readable_errors() -> Iterator[None]:
         _fail(str(error), error.exit_code)
     except KeyboardInterrupt:
         sys.exit(INTERRUPTED)
+    except ModuleNotFoundError as error:
+        if error.name not in EXTRAS:
+            raise
+        remedy = f"pip install 'fedge[{EXTRAS[error.name]}]'"
+        _fail(f"this command needs {error.name}, which is not installed: {remedy}", ExitCode.USAGE)
     except (FileNotFoundError, PermissionError, IsADirectoryError, NotADirectoryError) as error:
         if error.filename is None:
             raise
