@@ -81,10 +81,13 @@ class Seeder:
             former = [seeded for seeded in self._wanted if seeded.ref.sha256 == ref.sha256]
             for seeded in former:
                 self._wanted.remove(seeded)
+                self._stale.append(seeded.ref)
             if len(self._wanted) == OBJECTS_KEPT:
                 self._stale.append(self._wanted[0].ref)
             self._wanted.append(_Seeded(ref, path))
-            self._stale = [stale for stale in self._stale if stale.sha256 != ref.sha256]
+            self._stale = [
+                stale for stale in self._stale if stale.sha256 != ref.sha256 or stale.chunks > ref.chunks
+            ]
             memory = [*self._stale, *(seeded.ref for seeded in self._wanted)]
         self._store.remember(_MEMORY_KEY, msgspec.json.encode(memory).decode())
         self._work.put(True)
@@ -129,6 +132,7 @@ class Seeder:
         with self._guard:
             missing = [seeded for seeded in reversed(self._wanted) if seeded.ref.sha256 not in self._present]
             stale = list(self._stale)
+            kept = {seeded.ref.sha256: seeded.ref.chunks for seeded in self._wanted}
         for seeded in missing:
             if seeded.ref.sha256 not in self._doubtful or not self._probe(seeded.ref):
                 self._publish(seeded)
@@ -137,7 +141,7 @@ class Seeder:
                 self._present.add(seeded.ref.sha256)
             self._on_present(seeded.ref.sha256)
         for ref in stale:
-            for index in range(ref.chunks):
+            for index in range(kept.get(ref.sha256, 0), ref.chunks):
                 self._link.publish_bulk(
                     self._topics.object_chunk(ref.sha256, index),
                     b"",

@@ -205,17 +205,16 @@ def test_three_agents_average_exactly(federation: Start) -> None:
     assert not list((fleet.folder / "server" / "updates").rglob("pi*"))
 
 
-@pytest.mark.parametrize("seed", range(2))
-def test_lost_repeated_reordered_and_damaged_messages_change_nothing(federation: Start, seed: int) -> None:
+def test_lost_repeated_reordered_and_damaged_messages_change_nothing(federation: Start) -> None:
     weather = Weather(drop=0.03, duplicate=0.2, reorder=0.05, corrupt=0.03)
-    fleet = federation(4, weather=weather, seed=seed)
+    fleet = federation(3, weather=weather, count=2)
     trainers = {name: TinyTrainer() for name in fleet.names}
     for name, trainer in trainers.items():
         fleet.join(name, trainer)
     _, served = fleet.serve()
     assert served.result(PATIENCE_S) is True
-    fleet.check()
-    assert all(trainer.ended == [1, 2, 3] for trainer in trainers.values()), "nobody trained twice"
+    fleet.check(2)
+    assert all(trainer.ended == [1, 2] for trainer in trainers.values()), "nobody trained twice"
 
 
 def test_cut_cables_and_a_broker_that_forgets_everything_change_nothing(federation: Start) -> None:
