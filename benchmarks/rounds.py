@@ -124,7 +124,7 @@ def overhead(children: Children, options: Options, data: Data, results: Results)
     """A round of one training step: what is left is ours."""
     for key, model, rounds in (
         ("", "cnn", 12 if options.quick else 40),
-        ("_11m", "resnet18", 5 if options.quick else 12),
+        ("_11m", "resnet18", 4 if options.quick else 12),
     ):
         say(f"overhead, {model}: {AGENTS} agents, one training step a round, no evaluation, {rounds} rounds")
         folder = options.folder / f"overhead{key}"
