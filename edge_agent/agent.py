@@ -28,6 +28,7 @@ from edge_agent.session import (
     Event,
     Fetch,
     ForgetUpdate,
+    IgnorePlan,
     LinkUp,
     PlanArrived,
     ReceiptArrived,
@@ -108,11 +109,12 @@ class Trainer(Protocol):
 
 
 class _Progress(msgspec.Struct, frozen=True):
-    """The newest plan that this device has seen, and whether its part in that round is over."""
+    """The newest plan that this device has seen, whether its part in that round is over, and runs that are."""
 
     run: str = ""
     round: int = 0
     done: bool = False
+    retired: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -186,6 +188,7 @@ class Agent:
             seen=(progress.run, progress.round),
             done=progress.done,
             pending=self._outbox.pending(),
+            retired=progress.retired,
         )
         self._health = Health(self._session_id, options.state_dir)
         self._health_due = time.monotonic()
@@ -271,7 +274,7 @@ class Agent:
     def _subscribe(self) -> None:
         state = self._topics.state(self._name)
         self._link.publish(state, self._birth, qos=1, retain=True)
-        # The state after the birth, so that what comes back is the birth itself or the word of another process.
+        # The state after the birth, so that what comes back is the birth itself or the word of a later process.
         self._link.subscribe([(self._topics.down(self._name), 1), (state, 1), (self._topics.plan, 1)])
 
     def _message(self, message: Message, now: float) -> None:
@@ -302,7 +305,7 @@ class Agent:
             case AgentTopic(self._name, "receipt"):
                 return ReceiptArrived(self._unseal(message.payload, Receipt, Purpose.RECEIPT))
             case AgentTopic(self._name, "state") if message.payload:
-                self._own_state(decode_json(message.payload, AgentState))
+                self._own_state(decode_json(message.payload, AgentState), retained=message.retain)
         return None
 
     def _unseal(self, payload: bytes, kind: type[T], purpose: Purpose) -> T:
@@ -315,11 +318,12 @@ class Agent:
             key=self._aggregator_key,
         )
 
-    def _own_state(self, state: AgentState) -> None:
+    def _own_state(self, state: AgentState, *, retained: bool) -> None:
         if state.state == "offline":
             # The will of a lost connection, or of an earlier life, came after the birth.
             self._link.publish(self._topics.state(self._name), self._birth, qos=1, retain=True)
-        elif state.session != self._session_id:
+        elif state.session != self._session_id and not retained:
+            # A retained one may be the birth of an earlier life: nats-server can still deliver it after ours was sent.
             raise _TakenOverError(
                 f"another process runs as {self._name!r} in federation {self._bundle.federation!r}: this one stops. "
                 "Enrol every device under a name of its own, and start one agent per bundle"
@@ -352,8 +356,15 @@ class Agent:
                 report = log.info if accepted else log.warning
                 report("update_accepted" if accepted else "update_dropped", reason=reason)
                 self._outbox.clear()
-            case Remember(run, number, done):
-                self._remember(_Progress(run, number, done))
+            case Remember(run, number, done, retired):
+                self._remember(_Progress(run, number, done, retired))
+            case IgnorePlan(number, reason):
+                log.warning(
+                    "plan_ignored",
+                    round=number,
+                    reason=reason,
+                    remedy="if the aggregator was restored from a backup, begin a new run (docs/operations.md)",
+                )
 
     def _fetching(self, step: Callable[[], None], now: float) -> None:
         try:

@@ -20,8 +20,16 @@ from edge_agent.training import Cancelled, Trained, TrainingError
 from federation.bundle import Bundle
 from federation.errors import ConfigError
 from federation.task.checkpoint import CheckpointInfo, checkpoint_bytes, read_checkpoint
-from federation.wire.inbox import Limits
-from federation.wire.messages import Capabilities, RoundPlan, TaskSpec, Telemetry, TrainMetrics, encode_json
+from federation.wire.inbox import Limits, Message
+from federation.wire.messages import (
+    AgentState,
+    Capabilities,
+    RoundPlan,
+    TaskSpec,
+    Telemetry,
+    TrainMetrics,
+    encode_json,
+)
 
 NAME = "garden"
 TASK = TaskSpec(model="cnn", labels=("0", "1"), channels=1, height=8, width=8, mean=(0.5,), std=(0.5,))
@@ -355,6 +363,18 @@ def test_the_second_process_under_one_name_ends_the_first(federation: Start) -> 
     fleet.join("pi0", TinyTrainer())
     with pytest.raises(ConfigError, match="another process runs as 'pi0'"):
         first.result(PATIENCE_S)
+
+
+def test_the_birth_of_an_earlier_life_that_the_broker_delivers_late_ends_nobody(federation: Start) -> None:
+    fleet = federation(1)
+    fleet.join("pi0", TinyTrainer())
+    eventually(lambda: fleet.broker.retained, "a birth")
+    (link,) = fleet.broker.links_of("pi0")
+    earlier = encode_json(AgentState(state="online", session="0" * 16))
+    fleet.broker.deliver(link, Message(f"fedge/1/{NAME}/agent/pi0/state", earlier, retain=True), 1)
+    _, served = fleet.serve()
+    assert served.result(PATIENCE_S) is True
+    assert not fleet.agents["pi0"].done()
 
 
 def test_a_revoked_agent_is_not_invited_any_more(federation: Start) -> None:
