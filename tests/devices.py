@@ -187,6 +187,17 @@ class Device:
             if credit.sha256 == offer.object.sha256:
                 return credit
 
+    def offer_until_asked(self, offer: UpdateOffer) -> Credit:
+        """Offer, again and again as a real agent does, until the aggregator asks for chunks of this object."""
+        deadline, due = monotonic() + DEADLINE_S, 0.0
+        while not any(credit.sha256 == offer.object.sha256 for credit in self.asked):
+            assert monotonic() < deadline, f"{self.name}: nobody asked for its update of round {offer.round}"
+            if monotonic() >= due:
+                due = monotonic() + REPEAT_S
+                self.send_offer(offer)
+            self.step()
+        return self.credit(offer)
+
     def receipt(self, offer: UpdateOffer) -> Receipt:
         """Wait for the next receipt for this object."""
         found: list[Receipt] = []

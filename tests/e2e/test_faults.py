@@ -116,8 +116,7 @@ def play(federation: Federation, *, kill: bool) -> Tensors:
             assert deliver(devices["b"], plans["b"]).accepted
             c, data = devices["c"], frame(noise(TINY_SHAPES, "c", number))
             offer = c.offer(plans["c"], data, samples=10 + ord("c"))
-            c.send_offer(offer)
-            chunks = c.credit(offer).chunks
+            chunks = c.offer_until_asked(offer).chunks
             for index in chunks[:2]:
                 c.send_chunk(offer, data, index)
             die("in mid-upload")
@@ -173,9 +172,9 @@ def test_a_broker_killed_in_mid_upload_loses_nothing(
         for device in devices.values():
             device.reconnected(connects[device.name])
         a.asked.clear()
-        a.send_offer(offer)
+        again = a.offer_until_asked(offer).chunks
         arrived = sent[: len(sent) // 2]
-        assert set(arrived).isdisjoint(a.credit(offer).chunks), "what has arrived is not asked for again"
+        assert set(arrived).isdisjoint(again), "what has arrived is not asked for again"
         for name, device in devices.items():
             assert deliver(device, device.in_round(1), LARGE_SHAPES).accepted
             if name == "a":
