@@ -20,7 +20,7 @@ _SCHEMA = """
 CREATE TABLE IF NOT EXISTS meta (key TEXT PRIMARY KEY, value TEXT NOT NULL) STRICT;
 CREATE TABLE IF NOT EXISTS rounds (
     round INTEGER PRIMARY KEY, attempt INTEGER NOT NULL, phase TEXT NOT NULL, cohort TEXT NOT NULL, base TEXT NOT NULL,
-    opened_at REAL NOT NULL, deadline_at REAL NOT NULL, closed_at REAL, fold_s REAL,
+    encoding TEXT NOT NULL, opened_at REAL NOT NULL, deadline_at REAL NOT NULL, closed_at REAL, fold_s REAL,
     loss REAL, accuracy REAL, evaluate_s REAL
 ) STRICT;
 CREATE TABLE IF NOT EXISTS updates (

@@ -6,14 +6,19 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
+import structlog
+
 from aggregator.admission import Limits, check_update
 from aggregator.records import StoredUpdate
 from aggregator.store import Store, move_durably
 from aggregator.strategies import Accumulator, Strategy
+from federation.errors import PeerError, VerificationError
 from federation.task.checkpoint import CheckpointInfo, checkpoint_bytes, read_checkpoint
 from federation.task.model_card import HoldOutMetrics
-from federation.wire.codec import Schema, decode
+from federation.wire.codec import Schema, decode, schema_of
 from federation.wire.objects import PartialObject
+
+log = structlog.get_logger()
 
 
 def keep_update(partial: PartialObject, target: Path, schema: Schema, encoding: str, limits: Limits) -> None:
@@ -41,10 +46,12 @@ class FoldResult:
     Attributes:
         path: Of the checkpoint.
         seconds: That it took.
+        damaged: Agents whose update could not be read back from the disk, and was left out.
     """
 
     path: Path
     seconds: float
+    damaged: tuple[str, ...]
 
 
 def fold(
@@ -60,15 +67,30 @@ def fold(
         updates: Accepted updates, by agent, sorted.
         encoding: Of the updates.
         strategy: The server step.
+
+    Raises:
+        VerificationError: If not one update could be read back.
     """
     began = time.monotonic()
     _, base = read_checkpoint(store.checkpoint_path(info.round - 1))
-    schema = {name: array.shape for name, array in base.items()}
+    schema = schema_of(base)
     total = Accumulator(schema)
-    for update in updates.values():
-        total.add(decode(update.path.read_bytes(), schema, encoding), float(update.samples))
+    damaged = []
+    for agent, update in updates.items():
+        try:
+            delta = decode(update.path.read_bytes(), schema, encoding)
+        except (PeerError, OSError) as error:  # it was whole when it was accepted: the disk has changed it
+            log.error("update_damaged", agent=agent, path=str(update.path), reason=str(error))
+            damaged.append(agent)
+        else:
+            total.add(delta, float(update.samples))
+    if not total.count:
+        raise VerificationError(
+            f"none of the {len(updates)} updates of round {info.round} below {store.folder / 'updates'} can be read: "
+            "check the disk"
+        )
     path = store.write_checkpoint(info.round, checkpoint_bytes(info, strategy.step(base, total.mean())))
-    return FoldResult(path, time.monotonic() - began)
+    return FoldResult(path, time.monotonic() - began, tuple(damaged))
 
 
 class Evaluator:

@@ -37,6 +37,7 @@ class StoredRound:
         phase: ``open``, ``folding`` or ``closed``.
         cohort: Invited agents.
         base: SHA-256 of the model that it started from.
+        encoding: Of its updates.
         opened_at: Unix seconds.
         deadline_at: Unix seconds.
         closed_at: Unix seconds; None while it is not closed.
@@ -51,6 +52,7 @@ class StoredRound:
     phase: str
     cohort: tuple[str, ...]
     base: str
+    encoding: str
     opened_at: float
     deadline_at: float
     closed_at: float | None

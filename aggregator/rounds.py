@@ -160,7 +160,7 @@ class RoundRecord:
         cohort: Invited agents.
         delivered: Agents whose update is on disk.
         folding: True when the round had already been closed to further updates.
-        remaining_s: Seconds to its deadline.
+        remaining_s: Seconds to its deadline; at least a grace is given.
     """
 
     round: int
@@ -191,6 +191,7 @@ class Rounds:
     cohort: tuple[str, ...] = ()
     delivered: set[str] = field(default_factory=set)
     out: set[str] = field(default_factory=set)
+    excused: set[str] = field(default_factory=set)
     online: set[str] = field(default_factory=set)
     _offline_since: dict[str, float] = field(default_factory=dict)
     _deadline: float = 0.0
@@ -218,13 +219,15 @@ class Rounds:
             return self._next(now)
         self.round, self.attempt, self.cohort = record.round, record.attempt, record.cohort
         self.delivered = set(record.delivered)
-        self._deadline = now + max(0.0, record.remaining_s)
+        # The deadline may have passed while nobody could deliver.
+        remaining = max(record.remaining_s, min(self.config.grace_s, self.config.deadline_s))
+        self._deadline = now + remaining
         # Nobody has announced itself to this process yet: each member gets its grace from now.
         self._offline_since = dict.fromkeys(record.cohort, now)
         if record.folding:
             return self._fold()
         self.phase = Phase.OPEN
-        reopened = OpenRound(self.round, self.attempt, self.cohort, max(0.0, record.remaining_s))
+        reopened = OpenRound(self.round, self.attempt, self.cohort, remaining)
         return [reopened, *self._settle(now)]
 
     def handle(self, event: Event, now: float) -> list[Command]:
@@ -241,6 +244,7 @@ class Rounds:
         match event:
             case AgentOnline(agent):
                 self.online.add(agent)
+                self.excused.discard(agent)
                 self._offline_since.pop(agent, None)
             case AgentOffline(agent):
                 if agent in self.online or agent not in self._offline_since:
@@ -283,8 +287,9 @@ class Rounds:
 
     @property
     def wanted(self) -> int:
-        """Updates with which the open round is complete."""
-        return min(self.config.cohort_size or len(self.cohort), len(self.cohort))
+        """Updates with which the open round is complete; an extension does not count on members that had vanished."""
+        expected = len(self.cohort) - len(self.excused)
+        return min(self.config.cohort_size or expected, expected)
 
     @property
     def quorum(self) -> int:
@@ -312,7 +317,7 @@ class Rounds:
     def _open(self, now: float) -> list[Command]:
         self.round += 1
         self.attempt = 1
-        self.delivered, self.out = set(), set()
+        self.delivered, self.out, self.excused = set(), set(), set()
         size = invitations(self.config.cohort_size, self.config.over_selection) or len(self.online)
         self.cohort = sample_cohort(self.online, size, seed=self.seed, round_number=self.round)
         self.phase = Phase.OPEN
@@ -336,13 +341,24 @@ class Rounds:
         return self.online - set(self.cohort)
 
     def _extend(self, now: float) -> list[Command]:
-        """Give the round another deadline, invite whoever else is online, and give those who were out a new chance."""
+        """Give the round another deadline, replace who has vanished, and give those who were out a new chance.
+
+        Vanished members stay in the cohort, so that one that comes back still counts; but as long as enough others
+        are left, the round is not held up for them any more.
+        """
         self.attempt += 1
-        room = MAX_COHORT - len(self.cohort)
-        self.cohort = tuple(sorted({*self.cohort, *sorted(self._replacements())[:room]}))
         self.out = set()
+        gone = {agent for agent in self._pending() if self._gone(agent, now)}
+        size = invitations(self.config.cohort_size, self.config.over_selection) or MAX_COHORT
+        room = min(size - (len(self.cohort) - len(gone)), MAX_COHORT - len(self.cohort))
+        invited = sample_cohort(
+            self._replacements(), max(0, room), seed=self.seed + self.attempt, round_number=self.round
+        )
+        self.cohort = tuple(sorted({*self.cohort, *invited}))
+        self.excused = gone if len(self.cohort) - len(gone) >= self.config.min_agents else set()
         self._deadline = now + self.config.deadline_s
-        return [OpenRound(self.round, self.attempt, self.cohort, self.config.deadline_s)]
+        again = OpenRound(self.round, self.attempt, self.cohort, self.config.deadline_s)
+        return self._fold() if len(self.delivered) >= self.wanted else [again]
 
     def _fold(self) -> list[Command]:
         self.phase = Phase.FOLDING

@@ -33,6 +33,9 @@ PROBE_S = 2.0
 
 PUBLISH_TIMEOUT_S = 60.0
 
+RETRY_S = 10.0
+"""After which a seeding that failed is tried again, if no connect comes first."""
+
 _MEMORY_KEY = "seeded"
 
 
@@ -118,15 +121,24 @@ class Seeder:
         self._thread.join(timeout=PROBE_S)
 
     def _run(self) -> None:
-        while self._work.get():
+        done = True
+        while self._next_job(done):
             try:
                 self._bring_up_to_date()
             except TransportError as error:
-                log.warning(
-                    "seeding_interrupted", reason=str(error), remedy="it goes on after the next connect"
-                )
+                log.warning("seeding_interrupted", reason=str(error), remedy="tried again by itself")
+                done = False
             except (FedgeError, OSError) as error:
-                log.error("seeding_failed", reason=str(error))
+                log.error("seeding_failed", reason=str(error), retry_s=RETRY_S)
+                done = False
+            else:
+                done = True
+
+    def _next_job(self, done: bool) -> bool:
+        try:
+            return self._work.get(timeout=None if done else RETRY_S)
+        except queue.Empty:
+            return True
 
     def _bring_up_to_date(self) -> None:
         with self._guard:
@@ -174,6 +186,7 @@ class Seeder:
                 retain=True,
                 timeout_s=PUBLISH_TIMEOUT_S,
             )
+        self._link.flush(PUBLISH_TIMEOUT_S)  # every chunk acknowledged: none was refused on the way
         log.info(
             "model_seeded", object=seeded.ref.sha256[:12], bytes=seeded.ref.length, chunks=seeded.ref.chunks
         )

@@ -37,9 +37,11 @@ from aggregator.rounds import OpenRound as OpenCommand
 from aggregator.seeding import Seeder
 from aggregator.store import Store
 from aggregator.strategies import FedAvg
+from federation.errors import Rejection
 from federation.task.checkpoint import CheckpointInfo, read_checkpoint
 from federation.task.model_card import HoldOutMetrics
 from federation.wire.address import BrokerAddress
+from federation.wire.codec import Schema, schema_of
 from federation.wire.link import (
     Connected,
     Disconnected,
@@ -165,6 +167,9 @@ class Service:
             accuracies=[row.accuracy for row in closed if row.accuracy is not None],
         )
         self._interrupted = past[-1] if past and past[-1].phase != "closed" else None
+        # Updates that lie on disk are in the encoding that their round was opened with.
+        self._encoding = self._interrupted.encoding if self._interrupted else config.encoding
+        self._schema: Schema | None = None
         self._unevaluated = bool(config.task.holdout and closed and closed[-1].accuracy is None)
 
     # --- life -----------------------------------------------------------------------------------------------------
@@ -255,9 +260,7 @@ class Service:
             case Checked():
                 return self._reception.checked(item, now)
             case _FoldDone(number, result):
-                self._store.close_round(number, result.seconds)
-                log.info("round_closed", round=number, fold_s=round(result.seconds, 3))
-                return [*self._presence.revoked(), Folded()]
+                return self._folded(number, result)
             case _EvaluationDone(number, metrics, seconds):
                 return [Evaluated(self._keep_metrics(number, metrics, seconds))]
             case _ModelPresent(sha256):
@@ -277,6 +280,15 @@ class Service:
             case _:
                 raise AssertionError(f"nobody posts {type(item).__name__}")
         return []
+
+    def _folded(self, number: int, result: FoldResult) -> list[Event]:
+        for agent in result.damaged:
+            self._store.record_refusal(
+                number, agent, Rejection.WRONG_HASH, "damaged on the aggregator's disk"
+            )
+        self._store.close_round(number, result.seconds)
+        log.info("round_closed", round=number, fold_s=round(result.seconds, 3))
+        return [*self._presence.revoked(), Folded()]
 
     def _subscribe(self, now: float) -> None:
         self._link.subscribe(
@@ -336,8 +348,15 @@ class Service:
         if self._base is None or self._base[0] != path:
             self._base = path, ref_of_file(path, self._chunk_bytes())
         base = self._base[1]
+        if not self._store.updates(command.round):
+            self._encoding = self._config.encoding
         self._store.open_round(
-            command.round, command.attempt, command.cohort, base.sha256, command.deadline_s
+            command.round,
+            command.attempt,
+            command.cohort,
+            base=base.sha256,
+            encoding=self._encoding,
+            deadline_s=command.deadline_s,
         )
         plan = RoundPlan(
             run=self._store.run,
@@ -346,13 +365,14 @@ class Service:
             task=self._task,
             train=self._config.train,
             base=base,
-            encoding=self._config.encoding,
+            encoding=self._encoding,
             cohort=command.cohort,
             deadline_s=max(command.deadline_s, 1.0),
             issued_at=time.time(),
             upload_chunk_bytes=self._chunk_bytes(),
         )
-        _, arrays = read_checkpoint(path)
+        if self._schema is None:
+            self._schema = schema_of(read_checkpoint(path)[1])
         self._reception.open(
             OpenRound(
                 run=plan.run,
@@ -362,7 +382,7 @@ class Service:
                 cohort=frozenset(plan.cohort),
                 encoding=plan.encoding,
                 upload_chunk_bytes=plan.upload_chunk_bytes,
-                schema={name: array.shape for name, array in arrays.items()},
+                schema=self._schema,
                 accepted={agent: update.sha256 for agent, update in self._store.updates(plan.round).items()},
             )
         )
@@ -390,9 +410,8 @@ class Service:
         updates = {agent: update for agent, update in self._store.updates(number).items() if agent in agents}
         info = CheckpointInfo(federation=self._config.federation, round=number, task=self._task)
         strategy = FedAvg(self._config.rounds.server_learning_rate)
-        self._submit(
-            lambda: _FoldDone(number, fold(self._store, info, updates, self._config.encoding, strategy))
-        )
+        encoding = self._encoding
+        self._submit(lambda: _FoldDone(number, fold(self._store, info, updates, encoding, strategy)))
 
     def _evaluate(self, number: int) -> None:
         evaluator = self._evaluator

@@ -53,16 +53,31 @@ class Store(Database):
     # --- rounds -------------------------------------------------------------------------------------------------
 
     def open_round(
-        self, number: int, attempt: int, cohort: tuple[str, ...], base: str, deadline_s: float
+        self,
+        number: int,
+        attempt: int,
+        cohort: tuple[str, ...],
+        *,
+        base: str,
+        encoding: str,
+        deadline_s: float,
     ) -> None:
         """Record that a round, or its next attempt, is open."""
         now = time.time()
         with self.transaction() as db:
             db.execute(
-                "INSERT INTO rounds (round, attempt, phase, cohort, base, opened_at, deadline_at) "
-                "VALUES (?, ?, 'open', ?, ?, ?, ?) ON CONFLICT (round) DO UPDATE SET "
-                "attempt = excluded.attempt, cohort = excluded.cohort, deadline_at = excluded.deadline_at",
-                (number, attempt, msgspec.json.encode(cohort).decode(), base, now, now + deadline_s),
+                "INSERT INTO rounds (round, attempt, phase, cohort, base, encoding, opened_at, deadline_at) "
+                "VALUES (?, ?, 'open', ?, ?, ?, ?, ?) ON CONFLICT (round) DO UPDATE SET "
+                "encoding = excluded.encoding, attempt = excluded.attempt, cohort = excluded.cohort, deadline_at = excluded.deadline_at",
+                (
+                    number,
+                    attempt,
+                    msgspec.json.encode(cohort).decode(),
+                    base,
+                    encoding,
+                    now,
+                    now + deadline_s,
+                ),
             )
 
     def start_folding(self, number: int) -> None:
@@ -90,7 +105,7 @@ class Store(Database):
     def rounds(self) -> list[StoredRound]:
         """All rounds, oldest first."""
         rows = self.read(
-            "SELECT round, attempt, phase, cohort, base, opened_at, deadline_at, closed_at, fold_s, loss, accuracy, "
+            "SELECT round, attempt, phase, cohort, base, encoding, opened_at, deadline_at, closed_at, fold_s, loss, accuracy, "
             "evaluate_s FROM rounds ORDER BY round"
         )
         return [
@@ -155,7 +170,8 @@ class Store(Database):
         }
         for folder in (self.folder / "updates").iterdir():
             if folder.name not in open_rounds:
-                shutil.rmtree(folder)
+                # A check that ends this moment may put a file in: the next sweep takes it.
+                shutil.rmtree(folder, ignore_errors=True)
                 continue
             named = self.updates(open_rounds[folder.name])
             for file in folder.iterdir():

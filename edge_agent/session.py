@@ -164,14 +164,34 @@ class Remember:
         run: Of the newest plan.
         round: Of the newest plan; an older one of the same run is a replay.
         done: This agent has nothing left to do in that round: its update has a receipt, or the round is closed.
+        retired: Earlier runs of this federation.
     """
 
     run: str
     round: int
     done: bool
+    retired: tuple[str, ...] = ()
 
 
-Command = Fetch | Train | Abandon | SendOffer | SendChunks | SendDecline | ForgetUpdate | Remember
+@dataclass(frozen=True, slots=True)
+class IgnorePlan:
+    """A plan was not obeyed: it is older than one that was seen.
+
+    Attributes:
+        round: Of the plan.
+        reason: For people.
+    """
+
+    round: int
+    reason: str
+
+
+Command = (
+    Fetch | Train | Abandon | SendOffer | SendChunks | SendDecline | ForgetUpdate | Remember | IgnorePlan
+)
+
+RUNS_REMEMBERED = 64
+"""Runs that are over, whose plans would be replays."""
 
 
 class Session:
@@ -182,6 +202,7 @@ class Session:
         seen: Run and round of the newest plan that an earlier process saw; ("", 0) for none.
         done: Whether that process had nothing left to do in that round.
         pending: An update that an earlier process left in the outbox, not yet receipted.
+        retired: Runs that were over before the one that was seen.
     """
 
     def __init__(
@@ -191,6 +212,7 @@ class Session:
         seen: tuple[str, int] = ("", 0),
         done: bool = False,
         pending: UpdateOffer | None = None,
+        retired: tuple[str, ...] = (),
     ) -> None:
         self.agent = agent
         self.phase = Phase.IDLE
@@ -199,6 +221,7 @@ class Session:
             # Its plan was seen, even if the disk was too full to remember it.
             seen, done = (pending.run, pending.round), False
         self._run, self._round = seen
+        self._retired = retired
         self._done = seen if done else ("", 0)
         self._declined: SendDecline | None = None
         self._declined_attempt = 0
@@ -267,8 +290,10 @@ class Session:
         return self.phase is phase and self.plan is not None
 
     def _plan_arrived(self, plan: Plan, now: float) -> list[Command]:
+        if plan.run in self._retired:
+            return [IgnorePlan(plan.round, f"run {plan.run} is over, this device has seen run {self._run}")]
         if plan.run == self._run and plan.round < self._round:
-            return []  # a replay, or a plan that overtook another
+            return [IgnorePlan(plan.round, f"this device has seen round {self._round} of the same run")]
         here = plan.run, plan.round
         if isinstance(plan, IdlePlan):
             return self._mark(*here, done=True) + self._end(plan.run, plan.round + 1, "the round is closed")
@@ -296,10 +321,12 @@ class Session:
 
     def _mark(self, run: str, number: int, *, done: bool) -> list[Command]:
         known = self._run, self._round, self._done == (run, number)
+        if self._run and self._run != run:
+            self._retired = (*self._retired, self._run)[-RUNS_REMEMBERED:]
         self._run, self._round = run, number
         if done:
             self._done = run, number
-        return [] if known == (run, number, done) else [Remember(run, number, done)]
+        return [] if known == (run, number, done) else [Remember(run, number, done, self._retired)]
 
     def _decline(self, reason: str) -> list[Command]:
         """Sit out the present attempt of the round. A later one is a new chance: the fault may be mended by then."""

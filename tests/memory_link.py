@@ -174,6 +174,10 @@ class MemoryLink:
         if not self.publish(topic, payload, qos=qos, retain=retain):
             raise TransportError(f"not connected: {topic} was not sent within {timeout_s} s")
 
+    def flush(self, timeout_s: float) -> None:
+        if not self.connected:
+            raise TransportError(f"not connected: nothing was acknowledged within {timeout_s} s")
+
     def subscribe(self, filters: Sequence[tuple[str, int]]) -> bool:
         with self.broker.lock:
             if not self._connected:

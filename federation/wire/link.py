@@ -78,6 +78,10 @@ class LinkLike(Protocol):
         """As :meth:`Link.publish_bulk`."""
         ...
 
+    def flush(self, timeout_s: float) -> None:
+        """As :meth:`Link.flush`."""
+        ...
+
     def subscribe(self, filters: Sequence[tuple[str, int]]) -> bool:
         """As :meth:`Link.subscribe`."""
         ...

@@ -73,7 +73,7 @@ class Door:
 
     def __init__(self, folder: Path) -> None:
         self.store = Store(folder, "home", create=True)
-        self.store.open_round(1, 1, ("pi1", "pi2"), BASE, 60.0)
+        self.store.open_round(1, 1, ("pi1", "pi2"), base=BASE, encoding="float32", deadline_s=60.0)
         self.heard: list[Message] = []
         self.posted: deque[Checked] = deque()
         self.executor = Later()

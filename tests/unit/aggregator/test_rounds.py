@@ -170,6 +170,49 @@ def test_replacements_are_invited_at_once_when_nobody_is_left_to_wait_for() -> N
     assert feed(machine, AgentOnline("z"), now=2.0) == [OpenRound(1, 2, ("a", "b", "z"), 100)]
 
 
+def test_an_extended_round_is_not_held_up_again_by_those_that_had_vanished() -> None:
+    machine = opened("a", "b", "c", "d", "e", quorum=0.8)
+    machine.config = RoundsConfig(count=3, min_agents=2, quorum=0.8, gather_s=0, deadline_s=100, grace_s=10)
+    feed(machine, *stored("a"))
+    feed(machine, AgentOffline("c"), AgentOffline("d"), AgentOffline("e"), now=5.0)
+    assert feed(machine, Tick(), now=100.0) == [OpenRound(1, 2, ("a", "b", "c", "d", "e"), 100)]
+    assert feed(machine, *stored("b"), now=101.0) == [Fold(1, ("a", "b"))]
+
+
+def test_one_that_had_vanished_counts_again_when_it_comes_back() -> None:
+    machine = opened("a", "b", "c", quorum=1.0)
+    machine.config = RoundsConfig(count=3, min_agents=2, quorum=1.0, gather_s=0, deadline_s=100, grace_s=10)
+    feed(machine, *stored("a"))
+    feed(machine, AgentOffline("c"), now=5.0)
+    feed(machine, Tick(), now=100.0)
+    feed(machine, AgentOnline("c"), now=101.0)
+    assert feed(machine, *stored("b"), now=102.0) == []
+    assert feed(machine, *stored("c"), now=103.0) == [Fold(1, ("a", "b", "c"))]
+
+
+def test_a_round_stays_open_when_too_few_are_left_to_close_it_with() -> None:
+    machine = opened("a", "b", "c")
+    feed(machine, *stored("a"))
+    feed(machine, AgentOffline("b"), AgentOffline("c"), now=5.0)
+    assert feed(machine, Tick(), now=100.0) == [OpenRound(1, 2, ("a", "b", "c"), 100)]
+    assert machine.phase is Phase.OPEN
+    assert machine.wanted == 3
+
+
+def test_an_extension_replaces_the_vanished_and_invites_no_more_than_the_cohort_size() -> None:
+    machine = rounds(min_agents=2, cohort_size=2, gather_s=60)
+    machine.start(0.0)
+    (first,) = feed(machine, *online("a", "b"))
+    assert isinstance(first, OpenRound)
+    feed(machine, *online("w", "x", "y", "z"), now=1.0)
+    feed(machine, AgentOffline("b"), now=2.0)
+    (again,) = feed(machine, Tick(), now=100.0)
+    assert isinstance(again, OpenRound)
+    assert len(again.cohort) == 3
+    assert {"a", "b"} < set(again.cohort)
+    assert machine.wanted == 2
+
+
 def test_a_decline_is_not_waited_for() -> None:
     machine = opened("a", "b", "c")
     machine.config = RoundsConfig(count=3, min_agents=2, gather_s=0, deadline_s=100)
@@ -214,7 +257,8 @@ def test_a_restart_goes_on_with_the_same_round(remaining: float) -> None:
     machine = rounds()
     record = RoundRecord(2, 1, ("a", "b", "c"), ("a",), folding=False, remaining_s=remaining)
     commands = machine.start(1000.0, record)
-    assert commands[0] == OpenRound(2, 1, ("a", "b", "c"), max(0.0, remaining))
+    grace = 10.0
+    assert commands == [OpenRound(2, 1, ("a", "b", "c"), max(grace, remaining))], "time to deliver is left"
     commands = feed(machine, *online("b", "c"), *stored("b", "c"), now=1001.0)
     assert commands[-1] == Fold(2, ("a", "b", "c"))
 

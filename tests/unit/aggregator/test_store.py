@@ -46,14 +46,14 @@ def accept(store: Store, agent: str, number: int = 1) -> Path:
 
 
 def test_a_round_from_its_opening_to_its_metrics(store: Store) -> None:
-    store.open_round(1, 1, ("pi1", "pi2"), "b" * 64, 60.0)
+    store.open_round(1, 1, ("pi1", "pi2"), base="b" * 64, encoding="float32", deadline_s=60.0)
     accept(store, "pi2")
     accept(store, "pi1")
     updates = again(store).updates(1)
     assert list(updates) == ["pi1", "pi2"], "sorted: the order of the fold"
     assert (updates["pi1"].samples, updates["pi1"].metrics) == (10, OFFER.metrics)
     assert (updates["pi1"].sha256, updates["pi1"].bytes) == (OFFER.object.sha256, 180)
-    store.open_round(1, 2, ("pi1", "pi2", "pi3"), "b" * 64, 60.0)
+    store.open_round(1, 2, ("pi1", "pi2", "pi3"), base="b" * 64, encoding="float32", deadline_s=60.0)
     (row,) = again(store).rounds()
     assert (row.round, row.attempt, row.phase, row.cohort) == (1, 2, "open", ("pi1", "pi2", "pi3"))
     assert row.deadline_at > row.opened_at + 59
@@ -71,7 +71,7 @@ def test_a_round_from_its_opening_to_its_metrics(store: Store) -> None:
 
 
 def test_an_update_counts_once(store: Store) -> None:
-    store.open_round(1, 1, ("pi1",), "b" * 64, 60.0)
+    store.open_round(1, 1, ("pi1",), base="b" * 64, encoding="float32", deadline_s=60.0)
     accept(store, "pi1")
     with pytest.raises(sqlite3.IntegrityError):
         store.record_update(1, "pi1", OFFER)
@@ -86,7 +86,9 @@ def store_update(store: Store) -> None:
 
 STEPS: dict[str, Callable[[Store], object]] = {
     "begun": Store.lock,
-    "opened": lambda store: store.open_round(1, 1, ("pi1", "pi2"), "b" * 64, 60.0),
+    "opened": lambda store: store.open_round(
+        1, 1, ("pi1", "pi2"), base="b" * 64, encoding="float32", deadline_s=60.0
+    ),
     "stored": store_update,
     "recorded": lambda store: store.record_update(1, "pi1", OFFER),
     "folding": lambda store: store.start_folding(1),
@@ -167,7 +169,7 @@ def test_a_run_keeps_its_name_and_its_facts(store: Store) -> None:
 
 def test_a_sweep_deletes_leftovers_only(store: Store) -> None:
     store.write_checkpoint(0, b"weights")
-    store.open_round(2, 1, ("pi1", "pi2"), "b" * 64, 60.0)
+    store.open_round(2, 1, ("pi1", "pi2"), base="b" * 64, encoding="float32", deadline_s=60.0)
     kept = [accept(store, "pi1", 2), store.incoming_path("pi2", "c" * 64), store.checkpoint_path(0)]
     kept[1].write_bytes(b"half")
     leftovers = [store.update_path(2, "pi2"), store.update_path(1, "pi1")]
@@ -236,7 +238,7 @@ def test_the_refusal_log_is_bounded_and_the_newest_come_first(
 
 
 def test_a_full_disk_is_named_and_nothing_is_lost(store: Store) -> None:
-    store.open_round(1, 1, ("pi1",), "b" * 64, 60.0)
+    store.open_round(1, 1, ("pi1",), base="b" * 64, encoding="float32", deadline_s=60.0)
     pages = store._db.execute("PRAGMA page_count").fetchone()[0]
     store._db.execute(f"PRAGMA max_page_count = {pages}")
     with pytest.raises(ConfigError, match="full; free disk space"):

@@ -10,6 +10,7 @@ from edge_agent.session import (
     Event,
     Fetch,
     ForgetUpdate,
+    IgnorePlan,
     LinkUp,
     Phase,
     PlanArrived,
@@ -136,7 +137,8 @@ def test_the_same_plan_again_changes_nothing() -> None:
 
 def test_an_older_plan_is_a_replay() -> None:
     session = delivering(3)
-    assert feed(session, PlanArrived(plan(2)), PlanArrived(idle(2))) == []
+    commands = feed(session, PlanArrived(plan(2)), PlanArrived(idle(2)))
+    assert commands == [IgnorePlan(2, "this device has seen round 3 of the same run")] * 2
     assert session.phase is Phase.DELIVERING
 
 
@@ -175,6 +177,16 @@ def test_a_newer_round_forgets_an_update_without_a_receipt() -> None:
 def test_another_run_starts_from_its_own_rounds() -> None:
     session = delivering(7)
     assert feed(session, PlanArrived(plan(1, run=OTHER_RUN)))[-1] == Fetch(base_of(1, OTHER_RUN))
+
+
+def test_a_plan_of_a_run_that_is_over_is_a_replay_also_after_power_loss() -> None:
+    session = delivering(7)
+    *_, remembered, _, _ = feed(session, PlanArrived(plan(1, run=OTHER_RUN)))
+    assert remembered == Remember(OTHER_RUN, 1, done=False, retired=(RUN,))
+    reason = f"run {RUN} is over, this device has seen run {OTHER_RUN}"
+    assert feed(session, PlanArrived(plan(8))) == [IgnorePlan(8, reason)]
+    restarted = Session("me", seen=(OTHER_RUN, 1), retired=remembered.retired)
+    assert feed(restarted, PlanArrived(plan(8))) == [IgnorePlan(8, reason)]
 
 
 def test_an_update_of_another_run_with_the_same_number_is_not_delivered() -> None:
@@ -266,7 +278,8 @@ def test_an_update_in_the_outbox_is_forgotten_when_its_round_is_over() -> None:
 
 def test_an_update_in_the_outbox_proves_that_its_plan_was_seen() -> None:
     session = Session("me", pending=offer(4))
-    assert feed(session, PlanArrived(plan(3))) == [], "a replay: the update is for round 4"
+    (ignored,) = feed(session, PlanArrived(plan(3)))
+    assert isinstance(ignored, IgnorePlan), "a replay: the update is for round 4"
     assert feed(session, PlanArrived(plan(4))) == [SendOffer(0)]
 
 
