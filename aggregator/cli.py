@@ -193,6 +193,26 @@ def revoke(
     typer.echo(f"{name} is revoked: nothing that it signs counts any more")
 
 
+@app.command("new-run")
+def new_run(
+    state: Annotated[
+        Path | None, typer.Argument(help="State folder; default from the configuration.")
+    ] = None,
+    file: ConfigOption = None,
+) -> None:
+    """Go on from the newest checkpoint as a new run: needed once after the state was restored from a backup.
+
+    Devices refuse rounds that they have seen closed, since those may be replays. The open round is dropped.
+    """
+    from aggregator.store import Store
+
+    with Store(state or Path(load(AggregatorConfig, file=file).state_dir)) as store:
+        store.lock()
+        store.begin_run()
+        store.sweep()
+        typer.echo(f"{store.folder} is run {store.run} now; next: aggregator serve")
+
+
 @app.command()
 def status(
     state: Annotated[

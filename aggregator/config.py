@@ -111,7 +111,7 @@ class AggregatorConfig(Table, frozen=True):
         federation: Name of the federation: a-z, 0-9, _ and -.
         state_dir: Folder of everything that must survive: keys, rounds, checkpoints, the embedded broker's store.
         encoding: Of the updates on the wire: "float32", "float16" or "int8".
-        keep_checkpoints: Newest checkpoints to keep; 0 keeps all.
+        keep_checkpoints: Newest checkpoints to keep, at least 2; 0 keeps all.
     """
 
     federation: Name = "fleet"

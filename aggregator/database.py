@@ -163,6 +163,17 @@ class Database:
         row = self._db.execute("SELECT value FROM meta WHERE key = ?", (key,)).fetchone()
         return None if row is None else str(row[0])
 
+    def begin_run(self) -> None:
+        """Give the folder a new run: devices obey it afresh, and take every plan of the former one for a replay."""
+        run = secrets.token_hex(8)
+        with self.transaction() as db:
+            db.execute("UPDATE meta SET value = ? WHERE key = 'run'", (run,))
+            db.execute(
+                "DELETE FROM updates WHERE round IN (SELECT round FROM rounds WHERE phase != 'closed')"
+            )
+            db.execute("DELETE FROM rounds WHERE phase != 'closed'")
+        self.run = run
+
     def read(self, query: str, parameters: tuple[object, ...] = ()) -> sqlite3.Cursor:
         """Run a query that changes nothing."""
         return self._db.execute(query, parameters)

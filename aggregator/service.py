@@ -34,7 +34,7 @@ from aggregator.rounds import (
     Wait,
 )
 from aggregator.rounds import OpenRound as OpenCommand
-from aggregator.seeding import Seeder
+from aggregator.seeding import OBJECTS_KEPT, Seeder
 from aggregator.store import Store
 from aggregator.strategies import FedAvg
 from federation.errors import Rejection
@@ -422,7 +422,10 @@ class Service:
         self._submit(lambda: _EvaluationDone(number, *evaluator.evaluate(path)))
 
     def _keep_metrics(self, number: int, metrics: HoldOutMetrics | None, seconds: float) -> float | None:
-        self._store.prune_checkpoints(self._config.keep_checkpoints)
+        keep = self._config.keep_checkpoints
+        self._store.prune_checkpoints(
+            keep and max(keep, OBJECTS_KEPT)
+        )  # what the broker may have to be given again
         if metrics is None:
             return None
         self._store.write_metrics(number, metrics)

@@ -254,3 +254,19 @@ def test_a_folder_that_cannot_be_made_is_named(tmp_path: Path) -> None:
     (tmp_path / "file").touch()
     with pytest.raises(ConfigError, match=r"cannot write .*file/state"):
         Store(tmp_path / "file" / "state", "home", create=True)
+
+
+def test_a_new_run_keeps_what_was_learned_and_drops_the_open_round(store: Store) -> None:
+    former = store.run
+    for number in (1, 2):
+        store.open_round(number, 1, ("pi1",), base="b" * 64, encoding="float32", deadline_s=60.0)
+        path = accept(store, "pi1", number)
+        if number == 1:
+            store.close_round(1, 0.1)
+    store.begin_run()
+    store.sweep()
+    assert not path.exists()
+    later = again(store)
+    assert later.run != former
+    assert [(row.round, row.phase) for row in later.rounds()] == [(1, "closed")]
+    assert (list(later.updates(1)), list(later.updates(2))) == (["pi1"], [])
