@@ -4,7 +4,6 @@ The network thread only fills the inbox; hashing, averaging and evaluation run i
 back. So every decision is taken in one thread, in one order.
 """
 
-import secrets
 import time
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -14,6 +13,7 @@ from pathlib import Path
 import structlog
 
 from aggregator.admission import Limits, OpenRound
+from aggregator.announcements import Announcements
 from aggregator.config import AggregatorConfig
 from aggregator.enrolment import Enrolment
 from aggregator.folding import Evaluator, FoldResult, fold
@@ -51,20 +51,14 @@ from federation.wire.link import (
     MakeLink,
     Message,
     Overflow,
-    Will,
 )
 from federation.wire.messages import (
-    STATE_INTERVAL_S,
-    AggregatorState,
     IdlePlan,
     ObjectRef,
-    Plan,
     RoundPlan,
     TaskSpec,
-    encode_json,
 )
 from federation.wire.objects import ref_of_file
-from federation.wire.signing import AGGREGATOR, Purpose, seal
 from federation.wire.topics import Topics
 
 log = structlog.get_logger()
@@ -72,7 +66,6 @@ log = structlog.get_logger()
 PACKET_OVERHEAD_BYTES = 1024
 """Room for topic and headers when a chunk is fitted into the broker's largest packet."""
 
-LAST_WORDS_S = 5.0
 CHECKERS = 2
 
 
@@ -123,21 +116,20 @@ class Service:
     ) -> None:
         self._config, self._store, self._enrolment, self._task = config, store, enrolment, task
         self._topics = Topics(config.federation)
-        self._session = secrets.token_hex(8)
         self._inbox = Inbox()
-        will = Will(
-            self._topics.aggregator, encode_json(AggregatorState(state="offline", session=self._session))
-        )
+        self._announced = Announcements(self._topics, enrolment.aggregator_key(), store.run)
         self._link = make_link(
-            address, f"{config.federation}-aggregator-{self._session}", on_event=self._inbox.put, will=will
+            address,
+            f"{config.federation}-aggregator-{self._announced.session}",
+            on_event=self._inbox.put,
+            will=self._announced.will,
         )
-        self._key = enrolment.aggregator_key()
         self._executor = ThreadPoolExecutor(CHECKERS, thread_name_prefix="worker")
         self._reception = Reception(
             link=self._link,
             topics=self._topics,
             store=store,
-            key=self._key,
+            key=enrolment.aggregator_key(),
             key_of=enrolment.key_of,
             limits=Limits(max_samples=config.rounds.max_samples, max_norm=config.rounds.max_update_norm),
             executor=self._executor,
@@ -153,10 +145,7 @@ class Service:
             self._link, self._topics, store, lambda sha256: self._inbox.post(_ModelPresent(sha256))
         )
         self._base: tuple[Path, ObjectRef] | None = None
-        self._plan: bytes | None = None
-        self._held_plan: RoundPlan | None = None
         self._evaluator: Evaluator | None = None
-        self._state_due = 0.0
         self._stopping = False
         past = store.rounds()
         closed = [row for row in past if row.phase == "closed"]
@@ -167,8 +156,7 @@ class Service:
             accuracies=[row.accuracy for row in closed if row.accuracy is not None],
         )
         self._interrupted = past[-1] if past and past[-1].phase != "closed" else None
-        # Updates that lie on disk are in the encoding that their round was opened with.
-        self._encoding = self._interrupted.encoding if self._interrupted else config.encoding
+        self._encoding = config.encoding
         self._schema: Schema | None = None
         self._unevaluated = bool(config.task.holdout and closed and closed[-1].accuracy is None)
 
@@ -198,11 +186,7 @@ class Service:
         finally:
             self._seeder.stop()
             self._executor.shutdown(cancel_futures=True)
-            goodbye = encode_json(AggregatorState(state="offline", session=self._session))
-            last = [(self._topics.aggregator, goodbye, 1, True)]
-            if self._plan is not None:
-                last.insert(0, (self._topics.plan, self._plan, 1, True))
-            self._link.stop(last)
+            self._link.stop(self._announced.last_words())
 
     def stop(self) -> None:
         """Make :meth:`run` say goodbye and return. From any thread, or from a signal handler."""
@@ -217,6 +201,8 @@ class Service:
         delivered = tuple(self._store.updates(row.round))
         # The wall clock may have been set since: never wait longer than a whole deadline.
         remaining = min(row.deadline_at - time.time(), self._config.rounds.deadline_s)
+        # Its updates, here and on the devices, are in the encoding that it was opened with.
+        self._encoding = row.encoding
         log.info(
             "round_resumed",
             round=row.round,
@@ -236,7 +222,7 @@ class Service:
     def _turn(self) -> None:
         now = time.monotonic()
         due = [
-            self._state_due,
+            self._announced.due,
             *(at for at in (self._rounds.next_wakeup(), self._reception.next_wakeup()) if at is not None),
         ]
         item = self._inbox.get(max(0.0, min(due) - now))
@@ -246,8 +232,8 @@ class Service:
         if item is None or now >= min(due):  # an inbox that is never empty must not stop the clock
             self._reception.tick(now)
             self._feed([Tick()], now)
-        if now >= self._state_due:
-            self._publish_state(now)
+        if now >= self._announced.due:
+            self._announced.refresh(self._link, now)
 
     def _feed(self, events: list[Event], now: float) -> None:
         for event in events:
@@ -264,8 +250,7 @@ class Service:
             case _EvaluationDone(number, metrics, seconds):
                 return [Evaluated(self._keep_metrics(number, metrics, seconds))]
             case _ModelPresent(sha256):
-                if self._held_plan is not None and self._held_plan.base.sha256 == sha256:
-                    self._publish_plan(self._held_plan)
+                self._announced.model_present(sha256, self._link)
             case _WorkFailed(error):
                 raise error
             case Connected():
@@ -294,15 +279,8 @@ class Service:
         self._link.subscribe(
             [(self._topics.state("+"), 1), (self._topics.telemetry("+"), 0), (self._topics.up("+"), 1)]
         )
-        self._publish_state(now)
-        if self._plan is not None:
-            self._link.publish(self._topics.plan, self._plan, qos=1, retain=True)
+        self._announced.repeat(self._link, now)
         self._seeder.connected()
-
-    def _publish_state(self, now: float) -> None:
-        state = AggregatorState(state="online", session=self._session, run=self._store.run, time=time.time())
-        self._link.publish(self._topics.aggregator, encode_json(state), qos=1, retain=True)
-        self._state_due = now + STATE_INTERVAL_S
 
     def _message(self, message: Message, now: float) -> list[Event]:
         chunk = self._topics.parse_object_chunk(message.topic)
@@ -348,7 +326,7 @@ class Service:
         if self._base is None or self._base[0] != path:
             self._base = path, ref_of_file(path, self._chunk_bytes())
         base = self._base[1]
-        if not self._store.updates(command.round):
+        if self._interrupted is None or self._interrupted.round != command.round:
             self._encoding = self._config.encoding
         self._store.open_round(
             command.round,
@@ -386,8 +364,7 @@ class Service:
                 accepted={agent: update.sha256 for agent, update in self._store.updates(plan.round).items()},
             )
         )
-        # Announced when the broker holds the model: an agent that asks too early waits for a retry.
-        self._held_plan = plan
+        self._announced.hold(plan)
         self._seeder.want(path, base)
         if command.attempt == 1:
             log.info(
@@ -423,9 +400,8 @@ class Service:
 
     def _keep_metrics(self, number: int, metrics: HoldOutMetrics | None, seconds: float) -> float | None:
         keep = self._config.keep_checkpoints
-        self._store.prune_checkpoints(
-            keep and max(keep, OBJECTS_KEPT)
-        )  # what the broker may have to be given again
+        # At least what the broker may have to be given again.
+        self._store.prune_checkpoints(keep and max(keep, OBJECTS_KEPT))
         if metrics is None:
             return None
         self._store.write_metrics(number, metrics)
@@ -436,18 +412,10 @@ class Service:
         return metrics.accuracy
 
     def _idle(self, number: int, reason: str, *, finished: bool) -> None:
-        self._publish_plan(
-            IdlePlan(
-                run=self._store.run, round=number, finished=finished, reason=reason, issued_at=time.time()
-            )
+        plan = IdlePlan(
+            run=self._store.run, round=number, finished=finished, reason=reason, issued_at=time.time()
         )
-
-    def _publish_plan(self, plan: Plan) -> None:
-        self._held_plan = None
-        self._plan = seal(
-            plan, purpose=Purpose.PLAN, federation=self._config.federation, sender=AGGREGATOR, key=self._key
-        )
-        self._link.publish(self._topics.plan, self._plan, qos=1, retain=True)
+        self._announced.plan(plan, self._link)
 
     def _chunk_bytes(self) -> int:
         return min(
