@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 
+import msgspec
 import numpy as np
 import pytest
 from memory_link import ADDRESS, MemoryBroker, Weather
@@ -20,6 +21,7 @@ from edge_agent.training import Cancelled, Trained, TrainingError
 from federation.bundle import Bundle
 from federation.errors import ConfigError
 from federation.task.checkpoint import CheckpointInfo, checkpoint_bytes, read_checkpoint
+from federation.wire.encodings import ENCODINGS
 from federation.wire.inbox import Limits, Message
 from federation.wire.messages import (
     AgentState,
@@ -147,7 +149,7 @@ class Federation:
             threads=1,
             memory_mb=1,
             samples=samples_of(name),
-            encodings=("float32",),
+            encodings=tuple(ENCODINGS),
             platform="test",
         )
         options = Options(state_dir=self.folder / name, telemetry_s=0)
@@ -262,6 +264,23 @@ def test_a_server_that_is_stopped_and_started_goes_on_with_the_same_round(federa
     _, again = fleet.serve()
     assert again.result(PATIENCE_S) is True
     fleet.check(2)
+
+
+def test_an_open_round_keeps_its_encoding_when_the_settings_change(federation: Start) -> None:
+    fleet = federation(count=1)
+    gate = threading.Event()
+    for name in fleet.names:
+        fleet.join(name, TinyTrainer(gate=gate if name == "pi2" else None))
+    service, served = fleet.serve()
+    with fleet.store() as store:
+        eventually(lambda: sorted(store.updates(1)) == ["pi0", "pi1"], "two have delivered")
+    service.stop()
+    assert served.result(PATIENCE_S) is False
+    fleet.config = msgspec.structs.replace(fleet.config, encoding="int8")
+    _, again = fleet.serve()
+    gate.set()
+    assert again.result(PATIENCE_S) is True
+    fleet.check(1)
 
 
 def test_an_agent_that_is_started_again_delivers_what_it_had_trained(federation: Start) -> None:
