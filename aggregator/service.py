@@ -63,9 +63,6 @@ from federation.wire.topics import Topics
 
 log = structlog.get_logger()
 
-PACKET_OVERHEAD_BYTES = 1024
-"""Room for topic and headers when a chunk is fitted into the broker's largest packet."""
-
 CHECKERS = 2
 
 
@@ -418,9 +415,7 @@ class Service:
         self._announced.plan(plan, self._link)
 
     def _chunk_bytes(self) -> int:
-        return min(
-            self._config.broker.chunk_bytes, self._link.limits.max_packet_bytes - PACKET_OVERHEAD_BYTES
-        )
+        return min(self._config.broker.chunk_bytes, self._link.limits.largest_chunk)
 
     def _submit(self, work: Callable[[], object]) -> None:
         def hand_back(done: Future[object]) -> None:

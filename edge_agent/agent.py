@@ -6,20 +6,16 @@ while torch computes. Every decision is taken in the loop.
 
 import secrets
 import time
-from collections.abc import Callable, Mapping
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from threading import Event as Flag
-from typing import Protocol, TypeVar
+from typing import TypeVar
 
-import msgspec
-import numpy as np
 import structlog
-from numpy.typing import NDArray
 
 from edge_agent.fetching import ModelCache
 from edge_agent.outbox import Outbox
+from edge_agent.progress import Progress, read_progress, write_progress
 from edge_agent.session import (
     Abandon,
     BaseReady,
@@ -43,18 +39,15 @@ from edge_agent.session import (
     WorkFailed,
 )
 from edge_agent.telemetry import Health
-from edge_agent.training import Cancelled, Trained, round_seed
+from edge_agent.worker import Trainer, Worker
 from federation.bundle import Bundle, address
 from federation.errors import (
     BrokerRefusedError,
     ConfigError,
-    FedgeError,
     PeerError,
     TransportError,
     VerificationError,
 )
-from federation.files import write_whole
-from federation.task.checkpoint import read_checkpoint
 from federation.wire.link import (
     Connected,
     Disconnected,
@@ -87,34 +80,8 @@ T = TypeVar("T")
 
 log = structlog.get_logger()
 
-PACKET_OVERHEAD_BYTES = 1024
-"""Room for topic and headers when a chunk is fitted into the broker's largest packet."""
-
 UNANSWERED_WARNING = 3
 """Offers without an answer after which the operator is told."""
-
-
-class Trainer(Protocol):
-    """What the agent needs of a trainer; :class:`edge_agent.training.TorchTrainer` is one."""
-
-    def train(
-        self,
-        base: Mapping[str, NDArray[np.float32]],
-        plan: RoundPlan,
-        agent: str,
-        cancelled: Callable[[], bool],
-    ) -> Trained:
-        """Train on ``base``; raises :class:`Cancelled` soon after ``cancelled()`` turns true."""
-        ...
-
-
-class _Progress(msgspec.Struct, frozen=True):
-    """The newest plan that this device has seen, whether its part in that round is over, and runs that are."""
-
-    run: str = ""
-    round: int = 0
-    done: bool = False
-    retired: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -154,7 +121,7 @@ class Agent:
         *,
         make_link: MakeLink = Link,
     ) -> None:
-        self._bundle, self._trainer, self._options = bundle, trainer, options
+        self._bundle, self._options = bundle, options
         self._topics = Topics(bundle.federation)
         self._name = bundle.agent
         self._key = private_key(bundle.private_key)
@@ -182,7 +149,10 @@ class Agent:
         self._outbox = Outbox(
             options.state_dir / "outbox", federation=bundle.federation, agent=self._name, key=self._key
         )
-        progress = self._read_progress()
+        self._worker = Worker(
+            trainer, self._outbox, agent=self._name, plugins=options.plugins, post=self._inbox.post
+        )
+        progress = read_progress(self._progress_path)
         self._session = Session(
             self._name,
             seen=(progress.run, progress.round),
@@ -192,8 +162,6 @@ class Agent:
         )
         self._health = Health(self._session_id, options.state_dir)
         self._health_due = time.monotonic()
-        self._worker = ThreadPoolExecutor(1, thread_name_prefix="trainer")
-        self._cancel = Flag()
         self._stopping = False
         self._ever_connected = False
 
@@ -215,8 +183,7 @@ class Agent:
             goodbye = []  # the state topic belongs to the other process now
             raise
         finally:
-            self._cancel.set()
-            self._worker.shutdown(cancel_futures=True)
+            self._worker.stop()
             self._link.stop(goodbye)
 
     def stop(self) -> None:
@@ -340,10 +307,11 @@ class Agent:
             case Fetch(ref):
                 self._fetching(lambda: self._cache.fetch(ref, now), now)
             case Train(plan):
-                self._start_training(plan)
+                base = self._cache.path(plan.base.sha256)
+                self._worker.start(plan, base, self._link.limits.largest_chunk)
             case Abandon(reason):
                 log.info("round_abandoned", reason=reason)
-                self._cancel.set()
+                self._worker.cancel()
                 self._cache.abandon()
             case SendOffer(unanswered):
                 self._send_offer(unanswered)
@@ -357,7 +325,7 @@ class Agent:
                 report("update_accepted" if accepted else "update_dropped", reason=reason)
                 self._outbox.clear()
             case Remember(run, number, done, retired):
-                self._remember(_Progress(run, number, done, retired))
+                self._remember(Progress(run, number, done, retired))
             case IgnorePlan(number, reason):
                 log.warning(
                     "plan_ignored",
@@ -373,47 +341,11 @@ class Agent:
             self._cache.abandon()
             self._feed(WorkFailed(self._session.run, self._session.round, str(error)), now)
 
-    def _remember(self, progress: _Progress) -> None:
+    def _remember(self, progress: Progress) -> None:
         try:
-            write_whole(self._progress_path, msgspec.json.encode(progress))
+            write_progress(self._progress_path, progress)
         except ConfigError as error:
             log.error("progress_not_saved", reason=str(error), lost="nothing, unless the power fails now")
-
-    def _start_training(self, plan: RoundPlan) -> None:
-        self._cancel = Flag()
-        cancel = self._cancel
-        log.info("training_started", round=plan.round, model=plan.task.model, epochs=plan.train.epochs)
-        self._worker.submit(self._work, plan, cancel)
-
-    def _work(self, plan: RoundPlan, cancel: Flag) -> None:
-        """Runs in the worker thread: whatever happens here ends as an event in the inbox."""
-        try:
-            self._inbox.post(UpdateReady(self._train(plan, cancel)))
-        except Cancelled:
-            log.info("training_cancelled", round=plan.round)
-        except FedgeError as error:
-            self._inbox.post(WorkFailed(plan.run, plan.round, str(error)))
-        except BaseException as error:  # noqa: BLE001 - a defect must end the process in the loop, not vanish in a thread
-            self._inbox.post(error)
-
-    def _train(self, plan: RoundPlan, cancel: Flag) -> UpdateOffer:
-        if ":" in plan.task.model and plan.task.model not in self._options.plugins:
-            raise ConfigError(
-                f"the plan asks for the plug-in model {plan.task.model!r}, which this device does not allow: "
-                f"start it with --allow-model {plan.task.model}"
-            )
-        _, base = read_checkpoint(self._cache.path(plan.base.sha256))
-        trained = self._trainer.train(base, plan, self._name, cancel.is_set)
-        del base
-        chunk_bytes = min(plan.upload_chunk_bytes, self._link.limits.max_packet_bytes - PACKET_OVERHEAD_BYTES)
-        return self._outbox.put(
-            plan,
-            trained.delta,
-            samples=trained.samples,
-            metrics=trained.metrics,
-            rng=np.random.default_rng(round_seed(plan, self._name)),
-            chunk_bytes=chunk_bytes,
-        )
 
     def _send_offer(self, unanswered: int) -> None:
         if not unanswered:
@@ -447,19 +379,10 @@ class Agent:
 
     def _publish(self, topic: str, payload: bytes, *, qos: int) -> None:
         try:
-            self._link.publish(
-                topic, payload, qos=qos
-            )  # unsent while offline: offered again after the connect
+            # Unsent while offline: it is offered again after the connect.
+            self._link.publish(topic, payload, qos=qos)
         except TransportError as error:
             log.error("send_failed", topic=topic, reason=str(error))
-
-    def _read_progress(self) -> _Progress:
-        try:
-            return msgspec.json.decode(self._progress_path.read_bytes(), type=_Progress)
-        except FileNotFoundError:
-            return _Progress()
-        except msgspec.DecodeError as error:
-            raise ConfigError(f"{self._progress_path} is damaged ({error}): delete it") from error
 
 
 class _TakenOverError(ConfigError):

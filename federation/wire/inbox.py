@@ -17,6 +17,10 @@ EVENT_OVERHEAD_BYTES = 256
 """Counted for every message besides topic and payload, so that a flood of empty ones is bounded too."""
 
 
+PACKET_OVERHEAD_BYTES = 1024
+"""Bounds what a packet holds besides its payload: our topics are shorter than 200 bytes."""
+
+
 @dataclass(frozen=True, slots=True)
 class Limits:
     """What the broker at the other end accepts.
@@ -30,6 +34,11 @@ class Limits:
     max_packet_bytes: int = LARGEST_PACKET
     receive_maximum: int = UNLIMITED_RECEIVE_MAXIMUM
     protocol: Literal[3, 5] = 3
+
+    @property
+    def largest_chunk(self) -> int:
+        """Longest payload of a chunk: the rest of a packet has room for its topic and headers."""
+        return self.max_packet_bytes - PACKET_OVERHEAD_BYTES
 
 
 @dataclass(frozen=True, slots=True)
