@@ -84,7 +84,8 @@ def test_fedavg_adds_the_mean_and_rounds_once(rate: float) -> None:
     for name, value in stepped.items():
         expected = (base[name].astype(np.float64) + rate * average[name]).astype(np.float32)
         np.testing.assert_array_equal(value, expected)
-        assert (value.dtype, value.shape) == (np.float32, SCHEMA[name])
+        assert value.dtype == np.float32
+        assert value.shape == SCHEMA[name]
 
 
 def test_fedavg_of_deltas_is_the_average_of_models() -> None:
