@@ -56,7 +56,9 @@ def refusal(data: bytes, schema: Schema, encoding: str) -> Rejection:
 
 
 @pytest.mark.parametrize("encoding", ENCODINGS)
-def test_shapes_and_dtype_survive_in_the_order_of_names(encoding: str, arrays: Arrays, rng: np.random.Generator) -> None:
+def test_shapes_and_dtype_survive_in_the_order_of_names(
+    encoding: str, arrays: Arrays, rng: np.random.Generator
+) -> None:
     data = encode(arrays, encoding, rng)
     decoded = decode(data, schema_of(arrays), encoding)
     assert list(decoded) == sorted(arrays)
@@ -155,7 +157,9 @@ def test_wrong_tensors_each_have_their_code(arrays: Arrays, rng: np.random.Gener
     assert refusal(data, {**fewer, "conv.bias_": (8,)}, "int8") is Rejection.MISSING_TENSOR
     assert refusal(data, schema | {"fc.weight": (77, 10)}, "int8") is Rejection.WRONG_SHAPE
     unsorted = frame(
-        "float32", [_Entry("y", (), "float32", (), 4), _Entry("x", (), "float32", (), 4)], [bytes(4), bytes(4)]
+        "float32",
+        [_Entry("y", (), "float32", (), 4), _Entry("x", (), "float32", (), 4)],
+        [bytes(4), bytes(4)],
     )
     assert refusal(unsorted, {"x": (), "y": ()}, "float32") is Rejection.MALFORMED
     extra = frame(
