@@ -30,8 +30,11 @@ Tensors = dict[str, NDArray[np.float32]]
 
 FEDERATION = "fleet"
 
-PATIENCE_S = 120.0
-"""Importing torch in four processes at once takes half a minute on two slow cores."""
+PATIENCE_S = 240.0
+"""Importing torch in four processes at once takes half a minute on two slow cores, and minutes beside other work."""
+
+WHOLE_RUN_S = 900
+"""For a test that waits for several such starts, one after the other."""
 
 TAIL_LINES = 25
 

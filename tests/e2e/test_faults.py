@@ -17,6 +17,7 @@ from processes import (
     SHARES,
     TINY_SHAPES,
     TINY_TASK,
+    WHOLE_RUN_S,
     BrokerName,
     Federation,
     FinishedRun,
@@ -209,6 +210,7 @@ def assert_a_newcomer_finds_plan_and_model(federation: Federation, plan: RoundPl
 # --- real agents ------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.timeout(WHOLE_RUN_S)
 def test_real_agents_survive_every_kind_of_kill_with_the_same_bits(
     undisturbed: FinishedRun, make_federation: MakeFederation
 ) -> None:

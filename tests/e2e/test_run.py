@@ -7,6 +7,7 @@ import pytest
 from processes import (
     LEARNING,
     SHARES,
+    WHOLE_RUN_S,
     FinishedRun,
     MakeFederation,
     finish,
@@ -17,7 +18,7 @@ from processes import (
 
 from federation.task.data import write_samples
 
-pytestmark = pytest.mark.network
+pytestmark = [pytest.mark.network, pytest.mark.timeout(WHOLE_RUN_S)]
 
 TEN_YEARS_S = 10 * 365 * 86400
 
