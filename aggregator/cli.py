@@ -149,8 +149,8 @@ def enroll(
 ) -> None:
     """Give a device its identity and broker account: one file that it needs, to be kept secret."""
     from aggregator.broker import reload_running
-    from aggregator.enrolment import Enrolment
-    from aggregator.startup import advertised_url, ca_pem
+    from aggregator.enrolment import Enrolment, check_agent_name
+    from aggregator.startup import EMBEDDED, advertised_url, ca_pem
 
     flags = {
         "federation": federation,
@@ -164,12 +164,21 @@ def enroll(
     target = output or Path(f"{name}.bundle.json")
     if target.exists() and not replace:
         raise ConfigError(f"{target} exists; use --replace, or -o for another file")
-    enrolment = Enrolment(Path(effective.state_dir), effective.federation)
+    check_agent_name(name)
+    folder = Path(effective.state_dir)
+    if not folder.exists():
+        typer.echo(
+            f"making {folder}: the identity of a new aggregator for federation {effective.federation!r}"
+        )
+    enrolment = Enrolment(folder, effective.federation)
     url = advertised_url(effective, enrolment)
     bundle = enrolment.enroll(name, broker_url=url, ca_pem=ca_pem(effective), replace=replace)
     write_bundle(target, bundle)
-    reload_running(Path(effective.state_dir))
     typer.echo(f"wrote {target} (secret; broker {url})")
+    if effective.broker.url == EMBEDDED:
+        reload_running(folder)
+    else:
+        typer.echo(f"next: let the broker read {folder / 'broker' / 'mosquitto'} again (docs/operations.md)")
     typer.echo(
         f"next: copy it to the device, then there: edge-agent run {target.name} --data imagefolder:PATH"
     )

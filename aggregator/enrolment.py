@@ -129,10 +129,7 @@ class Enrolment:
         Raises:
             ConfigError: For a bad, reserved or taken name, or a broker URL that a device could not use.
         """
-        if not is_name(name):
-            raise ConfigError(f"agent name {name!r}: {_NAME_RULE}")
-        if name == AGGREGATOR:
-            raise ConfigError(f"agent name {name!r} is reserved for the server: choose another")
+        check_agent_name(name)
         key = Ed25519PrivateKey.generate()
         account, password = new_account(name, public_key_hex(key))
         bundle = Bundle(
@@ -266,6 +263,18 @@ class Enrolment:
 
 
 _NAME_RULE = "use 1-63 of a-z, 0-9, _ and -, starting with a letter or digit"
+
+
+def check_agent_name(name: str) -> None:
+    """Refuse a name that no agent can have.
+
+    Raises:
+        ConfigError: If it has other signs than topics and file names take, or is the server's.
+    """
+    if not is_name(name):
+        raise ConfigError(f"agent name {name!r}: {_NAME_RULE}")
+    if name == AGGREGATOR:
+        raise ConfigError(f"agent name {name!r} is reserved for the server: choose another")
 
 
 def _make_folder(folder: Path, mode: int) -> None:

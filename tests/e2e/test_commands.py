@@ -218,3 +218,21 @@ def test_a_state_of_another_federation(make_federation: MakeFederation) -> None:
         expected=ExitCode.USAGE,
         says=("'fleet'", "'other'"),
     )
+
+
+def test_a_name_that_no_agent_can_have_leaves_nothing_behind(tmp_path: Path) -> None:
+    state = tmp_path / "state"
+    done = run_command("aggregator.cli", "enroll", "Bad Name", "--state", state)
+    assert done.returncode == ExitCode.USAGE
+    assert done.stderr.splitlines() == [
+        "error: agent name 'Bad Name': use 1-63 of a-z, 0-9, _ and -, starting with a letter or digit"
+    ]
+    assert not state.exists()
+
+
+def test_the_first_enrolment_says_that_it_makes_a_new_identity(tmp_path: Path) -> None:
+    state = tmp_path / "state"
+    for name, expected in (("pi1", True), ("pi2", False)):
+        done = run_command("aggregator.cli", "enroll", name, "--state", state, "-o", tmp_path / name)
+        assert done.returncode == ExitCode.OK, done.stderr
+        assert ("the identity of a new aggregator" in done.stdout) is expected
