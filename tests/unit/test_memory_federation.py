@@ -304,15 +304,16 @@ def test_an_agent_that_is_started_again_delivers_what_it_had_trained(federation:
 
 def test_an_update_without_a_receipt_survives_the_agent(federation: Start) -> None:
     fleet = federation(count=1)
-    first, second = TinyTrainer(), TinyTrainer()
+    gate, server_is_gone = threading.Event(), threading.Event()
+    first, second = TinyTrainer(gate=server_is_gone), TinyTrainer()
     agent = fleet.join("pi0", first)
-    gate = threading.Event()
     for name in fleet.names[1:]:
         fleet.join(name, TinyTrainer(gate=gate))
     service, served = fleet.serve()
     eventually(lambda: first.began, "it was invited")
     service.stop()
     assert served.result(PATIENCE_S) is False
+    server_is_gone.set()
     eventually(lambda: list(fleet.folder.glob("pi0/outbox/offer")), "its update is on disk")
     fleet.leave(agent, "pi0")
     fleet.join("pi0", second)
