@@ -208,7 +208,7 @@ def _show(console: Console, module: str, *arguments: str) -> None:
         raise FedgeError(
             f"{module} {' '.join(arguments)} ended with exit code {done.returncode}: {done.stderr.strip()}"
         )
-    console.print(done.stdout.rstrip(), markup=False, highlight=False)
+    console.print(done.stdout.rstrip(), markup=False, highlight=False, soft_wrap=True)
 
 
 def _conclude(console: Console, report: Report, folder: Path, model: Path, seconds: float) -> None:
@@ -224,10 +224,19 @@ def _conclude(console: Console, report: Report, folder: Path, model: Path, secon
         f"  checkpoints  {folder / 'aggregator' / 'checkpoints'}\n"
         f"  logs         {folder / 'logs'}\n"
         "Next:\n"
-        f"  aggregator status {folder / 'aggregator'}\n"
-        f"  edge-agent infer {model} --source {folder / 'unseen'}\n"
-        "  aggregator init            # write fedge.toml for a federation of your own"
+        f"  {_typed('aggregator')} status {folder / 'aggregator'}\n"
+        f"  {_typed('edge-agent')} infer {model} --source {folder / 'unseen'}\n"
+        f"  {_typed('aggregator')} init            # write fedge.toml for a federation of your own",
+        soft_wrap=True,
     )
+
+
+def _typed(command: str) -> str:
+    """How to type a command of ours here: `make demo` leaves its virtual environment inactive."""
+    if shutil.which(command):
+        return command
+    installed = Path(sys.executable).with_name(command)
+    return str(installed.relative_to(Path.cwd()) if installed.is_relative_to(Path.cwd()) else installed)
 
 
 def _python(module: str, *arguments: str) -> list[str]:
