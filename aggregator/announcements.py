@@ -2,6 +2,7 @@
 
 import secrets
 import time
+from math import inf
 
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
@@ -9,6 +10,10 @@ from federation.wire.link import LinkLike, Will
 from federation.wire.messages import STATE_INTERVAL_S, AggregatorState, Plan, RoundPlan, encode_json
 from federation.wire.signing import AGGREGATOR, Purpose, seal
 from federation.wire.topics import Topics
+
+PLAN_REPEAT_S = 1.0
+"""A plan is published once more after this time. nats-server may deliver only the former one to an agent that subscribes
+just as it is replaced; the repetition replaces it by itself, so nobody can miss it any more."""
 
 
 class Announcements:
@@ -21,13 +26,13 @@ class Announcements:
 
     Attributes:
         session: Identifier of this process life.
-        due: When :meth:`refresh` is due, monotonic seconds.
     """
 
     def __init__(self, topics: Topics, key: Ed25519PrivateKey, run: str) -> None:
         self._topics, self._key, self._run = topics, key, run
         self.session = secrets.token_hex(8)
-        self.due = 0.0
+        self._state_due = 0.0
+        self._plan_due = inf
         self._plan: bytes | None = None
         self._held: RoundPlan | None = None
 
@@ -38,34 +43,51 @@ class Announcements:
             self._topics.aggregator, encode_json(AggregatorState(state="offline", session=self.session))
         )
 
+    @property
+    def due(self) -> float:
+        """When :meth:`refresh` has something to do, monotonic seconds."""
+        return min(self._state_due, self._plan_due)
+
     def refresh(self, link: LinkLike, now: float) -> None:
-        """Publish the state, with the time by this machine's clock."""
+        """Publish again what is due: the state from time to time, a plan once."""
+        if now >= self._state_due:
+            self._publish_state(link, now)
+        if now >= self._plan_due:
+            self._plan_due = inf
+            self._publish_plan(link)
+
+    def _publish_state(self, link: LinkLike, now: float) -> None:
         state = AggregatorState(state="online", session=self.session, run=self._run, time=time.time())
         link.publish(self._topics.aggregator, encode_json(state), qos=1, retain=True)
-        self.due = now + STATE_INTERVAL_S
+        self._state_due = now + STATE_INTERVAL_S
 
-    def repeat(self, link: LinkLike, now: float) -> None:
-        """Publish everything again, since the broker may have lost it."""
-        self.refresh(link, now)
+    def _publish_plan(self, link: LinkLike) -> None:
         if self._plan is not None:
             link.publish(self._topics.plan, self._plan, qos=1, retain=True)
 
-    def plan(self, plan: Plan, link: LinkLike) -> None:
-        """Publish a plan now, and forget the one that was held back."""
+    def repeat(self, link: LinkLike, now: float) -> None:
+        """Publish everything again, since the broker may have lost it."""
+        self._publish_state(link, now)
+        self._publish_plan(link)
+        self._plan_due = now + PLAN_REPEAT_S
+
+    def plan(self, plan: Plan, link: LinkLike, now: float) -> None:
+        """Publish a plan now and once more, and forget the one that was held back."""
         self._held = None
         self._plan = seal(
             plan, purpose=Purpose.PLAN, federation=self._topics.federation, sender=AGGREGATOR, key=self._key
         )
-        link.publish(self._topics.plan, self._plan, qos=1, retain=True)
+        self._publish_plan(link)
+        self._plan_due = now + PLAN_REPEAT_S
 
     def hold(self, plan: RoundPlan) -> None:
         """Publish a plan once the broker holds its model: an agent that asks too early waits for a retry."""
         self._held = plan
 
-    def model_present(self, sha256: str, link: LinkLike) -> None:
+    def model_present(self, sha256: str, link: LinkLike, now: float) -> None:
         """The broker holds this model."""
         if self._held is not None and self._held.base.sha256 == sha256:
-            self.plan(self._held, link)
+            self.plan(self._held, link, now)
 
     def last_words(self) -> list[tuple[str, bytes, int, bool]]:
         """What to publish before the link is closed."""

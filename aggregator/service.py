@@ -247,7 +247,7 @@ class Service:
             case _EvaluationDone(number, metrics, seconds):
                 return [Evaluated(self._keep_metrics(number, metrics, seconds))]
             case _ModelPresent(sha256):
-                self._announced.model_present(sha256, self._link)
+                self._announced.model_present(sha256, self._link, now)
             case _WorkFailed(error):
                 raise error
             case Connected():
@@ -412,7 +412,7 @@ class Service:
         plan = IdlePlan(
             run=self._store.run, round=number, finished=finished, reason=reason, issued_at=time.time()
         )
-        self._announced.plan(plan, self._link)
+        self._announced.plan(plan, self._link, time.monotonic())
 
     def _chunk_bytes(self) -> int:
         return min(self._config.broker.chunk_bytes, self._link.limits.largest_chunk)
