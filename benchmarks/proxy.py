@@ -105,7 +105,9 @@ class CountingProxy:
                     client.close()
                     server.close()
                     return
-                self._connections.append(_Connection(client, server))
+                connection = _Connection(client, server)
+                self._connections.append(connection)
+            connection.start()  # known before its first byte passes: whoever receives one finds it counted
 
 
 class _Connection:
@@ -118,6 +120,8 @@ class _Connection:
             end.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         self._upward = threading.Thread(target=self._pump_up, daemon=True)
         self._downward = threading.Thread(target=self._pump_down, daemon=True)
+
+    def start(self) -> None:
         self._upward.start()
         self._downward.start()
 

@@ -103,9 +103,10 @@ def test_a_client_is_turned_away_while_the_server_is_away_and_served_when_it_is_
             assert client.recv(1) == b""
         with (
             socket.create_server((LOOPBACK, port)) as listener,
-            socket.create_connection((LOOPBACK, proxy.port), DEADLINE_S),
+            socket.create_connection((LOOPBACK, proxy.port), DEADLINE_S) as client,
         ):
             listener.accept()[0].close()
+            assert client.recv(1) == b""
         assert proxy.connections == 1
 
 
