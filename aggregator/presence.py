@@ -7,6 +7,7 @@ import structlog
 from aggregator.rounds import AgentOffline, AgentOnline, Event
 from aggregator.store import Store
 from federation.errors import PeerError
+from federation.wire.encodings import encoding_named
 from federation.wire.messages import AgentState, Telemetry, decode_json
 
 log = structlog.get_logger()
@@ -33,7 +34,8 @@ class Presence:
         encoding: str,
         on_gone: Callable[[str], None],
     ) -> None:
-        self._store, self._enrolled, self._encoding, self._on_gone = store, enrolled, encoding, on_gone
+        self._store, self._enrolled, self._on_gone = store, enrolled, on_gone
+        self._family = encoding_named(encoding).name
         self._sessions: dict[str, str] = {}
         self._reported_at: dict[str, float] = {}
 
@@ -69,10 +71,8 @@ class Presence:
         able = state.capabilities
         if able is None or able.device == "none":
             return [AgentOffline(agent)]
-        if self._encoding not in able.encodings:
-            log.warning(
-                "agent_ineligible", agent=agent, reason=f"cannot encode {self._encoding!r}: upgrade it"
-            )
+        if self._family not in able.encodings:
+            log.warning("agent_ineligible", agent=agent, reason=f"cannot encode {self._family!r}: upgrade it")
             return [AgentOffline(agent)]
         log.info("agent_online", agent=agent, device=able.device, samples=able.samples)
         return [AgentOnline(agent)]

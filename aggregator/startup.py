@@ -15,9 +15,8 @@ from aggregator.enrolment import Enrolment
 from aggregator.store import Store
 from federation.errors import ConfigError
 from federation.task.checkpoint import CheckpointInfo, checkpoint_bytes
-from federation.task.names import did_you_mean
 from federation.wire.address import BrokerAddress
-from federation.wire.encodings import ENCODINGS
+from federation.wire.encodings import encoding_named
 from federation.wire.messages import TaskSpec
 
 log = structlog.get_logger()
@@ -81,10 +80,7 @@ def check(config: AggregatorConfig) -> None:
         ConfigError: Naming the setting, its value and the remedy.
     """
     rounds = config.rounds
-    if config.encoding not in ENCODINGS:
-        raise ConfigError(
-            f"encoding {config.encoding!r} is not known{did_you_mean(config.encoding, ENCODINGS)}"
-        )
+    encoding_named(config.encoding)
     if rounds.cohort_size and rounds.cohort_size < rounds.min_agents:
         raise ConfigError(
             f"rounds.cohort_size is {rounds.cohort_size}, less than rounds.min_agents = {rounds.min_agents}: "

@@ -16,7 +16,7 @@ from federation.errors import ConfigError, ExitCode, PeerError, TransportError
 from federation.task.names import is_plugin
 from federation.wire import reasons
 from federation.wire.address import LARGEST_PACKET, BrokerAddress
-from federation.wire.encodings import ENCODINGS
+from federation.wire.encodings import encoding_named
 from federation.wire.link import Inbox, Link, LinkFailed, Message
 from federation.wire.messages import (
     STATE_INTERVAL_S,
@@ -276,7 +276,9 @@ def _judge(plan: Plan, agent: str) -> Finding:
         )
     mine = "is in its cohort" if agent in plan.cohort else f"is not among its cohort of {len(plan.cohort)}"
     found = f"signature verified; round {plan.round} is open, {agent!r} {mine}"
-    if plan.encoding not in ENCODINGS:
+    try:
+        encoding_named(plan.encoding)
+    except ConfigError:
         return Finding(
             check="plan",
             level=Level.FAIL,

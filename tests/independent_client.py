@@ -270,7 +270,9 @@ def write_frame(delta: Tensors, encoding: str) -> bytes:
     for name in sorted(delta):
         array = np.ascontiguousarray(delta[name], dtype="<f4")
         scheme, parameters, blob = "float32", [], array.tobytes()
-        if encoding != "float32" and array.size:
+        if not array.any():
+            scheme, blob = "zero", b""
+        elif encoding != "float32":
             coded_parameters, coded = _int8(array) if encoding == "int8" else _float16(array)
             if _aligned(len(coded)) + 9 < _aligned(len(blob)):
                 scheme, parameters, blob = encoding, coded_parameters, coded

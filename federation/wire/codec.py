@@ -6,7 +6,7 @@ A frame is::
     2 bytes   version, little-endian
     2 bytes   zero
     4 bytes   length of the header, little-endian
-    header    msgpack: the encoding's name and, per tensor, name, shape, scheme, parameters, length of its blob
+    header    msgpack: the encoding and, per tensor, name, shape, scheme, parameters, length of its blob
     blobs     one per tensor in the header's order, each starting at a multiple of 8, gaps zero, nothing after the last
 
 The receiver knows the schema (names, shapes and order of the tensors) from the model and trusts nothing else: every
@@ -24,7 +24,8 @@ from msgspec import Meta
 from numpy.typing import NDArray
 
 from federation.errors import ConfigError, PeerError, Rejection
-from federation.wire.encodings import ENCODINGS, RAW, Encoding, encoding_named
+from federation.wire.encodings import RAW, ZERO, Encoding, Scheme, encoding_named
+from federation.wire.encodings.protocol import Coded, Values
 from federation.wire.messages import decode_msgpack
 
 Schema: TypeAlias = Mapping[str, tuple[int, ...]]
@@ -72,85 +73,87 @@ def schema_of(arrays: Mapping[str, NDArray[np.float32]]) -> Schema:
     return {name: array.shape for name, array in arrays.items()}
 
 
-def encode(delta: Mapping[str, NDArray[np.float32]], encoding: str, rng: np.random.Generator) -> bytes:
+def encode(delta: Mapping[str, NDArray[np.float32]], spec: str, rng: np.random.Generator) -> bytes:
     """Write tensors as one frame, in the order of their names.
 
-    A tensor that the encoding would not make smaller is sent as it is.
+    A tensor that the encoding would not make smaller is sent as it is; one that is all zero takes no bytes.
 
     Args:
         delta: Tensors of any shape (0-d and empty ones too), float32.
-        encoding: A name in ``ENCODINGS``.
+        spec: The encoding, such as ``sq:16``.
         rng: For stochastic rounding. Seed it from the operating system where privacy depends on it.
 
     Returns:
-        The frame, at most ``max_encoded_bytes(schema_of(delta), encoding)`` bytes.
+        The frame, at most ``max_encoded_bytes(schema_of(delta), spec)`` bytes.
 
     Raises:
         ConfigError: If the encoding is unknown, a tensor is not float32, or a value is NaN, infinite or beyond
             ``MAX_MAGNITUDE``: local training diverged, which the device's operator must hear about.
     """
-    chosen = encoding_named(encoding)
+    chosen = encoding_named(spec)
     entries, blobs = [], []
     for name in sorted(delta):
-        entry, blob = _encode_tensor(name, delta[name], chosen, rng)
-        entries.append(entry)
-        blobs.append(blob)
-    header = msgspec.msgpack.encode(_Header(encoding, tuple(entries)))
+        coded = _encode_tensor(name, delta[name], chosen, rng)
+        entries.append(_Entry(name, delta[name].shape, coded.scheme, coded.parameters, len(coded.blob)))
+        blobs.append(coded.blob)
+    header = msgspec.msgpack.encode(_Header(spec, tuple(entries)))
     parts: list[bytes | memoryview] = [_PREFIX.pack(_MAGIC, VERSION, 0, len(header)), header]
     end = _PREFIX.size + len(header)
-    for entry, blob in zip(entries, blobs, strict=True):
-        if entry.length:
+    for blob in blobs:
+        if len(blob):
             parts += [bytes(_aligned(end) - end), blob]
-            end = _aligned(end) + entry.length
+            end = _aligned(end) + len(blob)
     return b"".join(parts)
 
 
-def decode(data: bytes | memoryview, schema: Schema, encoding: str) -> dict[str, NDArray[np.float32]]:
-    """Read a foreign frame.
+def decode(data: bytes | memoryview, schema: Schema, spec: str) -> dict[str, NDArray[np.float32]]:
+    """Read a foreign frame into new arrays.
 
     Args:
         data: The frame, from anywhere.
-        schema: The tensors that it must hold.
-        encoding: The encoding that it must be in.
+        schema: The tensors that it must hold. Trusted: so much is allocated, once the frame's lengths are checked.
+        spec: The encoding that it must be in.
 
     Returns:
-        The tensors in the order of their names. Those sent as float32 are views into ``data``, read-only if it is.
+        The tensors in the order of their names.
 
     Raises:
         PeerError: ``malformed``, ``wrong_length``, ``wrong_encoding``, ``missing_tensor``, ``extra_tensor``,
             ``wrong_shape`` or ``non_finite``; nothing else, whatever the bytes.
     """
-    if encoding not in ENCODINGS:
-        raise PeerError(Rejection.WRONG_ENCODING, f"encoding {encoding[:64]!r} is not known here")
-    view = memoryview(data).cast("B")
-    header, end = _read_header(view, schema, ENCODINGS[encoding])
-    tensors: dict[str, NDArray[np.float32]] = {}
-    for entry in header.tensors:
-        start = _aligned(end) if entry.length else end
-        if start + entry.length > len(view):
-            raise PeerError(
-                Rejection.WRONG_LENGTH, f"tensor {entry.name!r} ends beyond the {len(view)} bytes"
-            )
-        if any(view[end:start]):
-            raise PeerError(Rejection.MALFORMED, f"the gap before tensor {entry.name!r} is not zero")
-        end = start + entry.length
-        try:
-            tensors[entry.name] = _decode_tensor(entry, view[start:end])
-        except PeerError as error:
-            raise PeerError(error.code, f"tensor {entry.name!r}: {error.detail}") from error
-    if end != len(view):
-        raise PeerError(Rejection.WRONG_LENGTH, f"{len(view) - end} bytes after the last tensor")
-    return tensors
+    blobs = _open(data, schema, spec)
+    out = {entry.name: np.empty(entry.shape, dtype=np.float32) for entry, _, _ in blobs}
+    _fill(blobs, out)
+    return out
 
 
-def max_encoded_bytes(schema: Schema, encoding: str) -> int:
+def decode_into(data: bytes | memoryview, out: Mapping[str, NDArray[np.float32]], spec: str) -> None:
+    """Read a foreign frame into the caller's buffers.
+
+    Args:
+        data: The frame, from anywhere.
+        out: The tensors that it must hold, float32, C-contiguous, writable. Their contents are undefined after a
+            refusal.
+        spec: The encoding that it must be in.
+
+    Raises:
+        PeerError: As :func:`decode`.
+        ValueError: If a buffer is not float32, contiguous and writable.
+    """
+    for name, buffer in out.items():
+        if buffer.dtype != np.float32 or not (buffer.flags.c_contiguous and buffer.flags.writeable):
+            raise ValueError(f"buffer {name!r} must be float32, C-contiguous and writable")
+    _fill(_open(data, schema_of(out), spec), out)
+
+
+def max_encoded_bytes(schema: Schema, spec: str) -> int:
     """Upper bound of a frame's length, to refuse a lying length before a byte is received.
 
     Raises:
         ConfigError: If the encoding is unknown.
     """
-    chosen = encoding_named(encoding)
-    total = _PREFIX.size + _ALIGNMENT - 1 + len(msgspec.msgpack.encode(_Header(chosen.name, ())))
+    chosen = encoding_named(spec)
+    total = _PREFIX.size + _ALIGNMENT - 1 + len(msgspec.msgpack.encode(_Header(chosen.spec, ())))
     total += _MAX_ARRAY_GROWTH
     for name, shape in schema.items():
         total += max(
@@ -162,29 +165,64 @@ def max_encoded_bytes(schema: Schema, encoding: str) -> int:
 
 def _encode_tensor(
     name: str, array: NDArray[np.float32], encoding: Encoding, rng: np.random.Generator
-) -> tuple[_Entry, memoryview]:
+) -> Coded:
     if array.dtype != np.float32:
         raise ConfigError(f"tensor {name!r} is {array.dtype}, only float32 is sent: exclude or convert it")
     values = np.ascontiguousarray(array).reshape(-1)
-    raw = _Entry(name, array.shape, RAW, (), values.nbytes)
-    if not values.size:
-        return raw, values.data
-    peak = max(float(values.max()), -float(values.min()))
+    peak = max(float(values.max()), -float(values.min())) if values.size else 0.0
     if not peak <= MAX_MAGNITUDE:  # also true for NaN
         raise ConfigError(
             f"tensor {name!r} holds NaN, infinity or a value beyond {MAX_MAGNITUDE:.0e}: training diverged, lower"
             " learning_rate or check the data"
         )
-    parameters, blob = encoding.encode(values, peak, rng)
-    coded = _Entry(name, array.shape, encoding.name, parameters, blob.nbytes)
-    return (raw, values.data) if _cost(raw) <= _cost(coded) else (coded, blob)
+    if not peak:
+        return Coded(ZERO.name, (), b"")
+    raw = RAW.encode(values, peak, rng)
+    coded = encoding.encode(values, peak, rng)
+    return raw if _cost(raw) <= _cost(coded) else coded
 
 
-def _decode_tensor(entry: _Entry, blob: memoryview) -> NDArray[np.float32]:
-    count = prod(entry.shape)
-    if not count:
-        return np.zeros(entry.shape, dtype=np.float32)
-    return ENCODINGS[entry.scheme].decode(blob, entry.parameters, count).reshape(entry.shape)
+def _cost(coded: Coded) -> int:
+    return _aligned(len(coded.blob)) + _PARAMETER_BYTES * len(coded.parameters)
+
+
+_Blob: TypeAlias = tuple[_Entry, Scheme, memoryview]
+
+
+def _open(data: bytes | memoryview, schema: Schema, spec: str) -> list[_Blob]:
+    """Check all but the contents of the blobs, and find these."""
+    try:
+        encoding = encoding_named(spec)
+    except ConfigError as error:
+        raise PeerError(Rejection.WRONG_ENCODING, str(error)) from error
+    view = memoryview(data).cast("B")
+    header, end = _read_header(view, schema, encoding)
+    schemes = _schemes(encoding)
+    blobs: list[_Blob] = []
+    for entry in header.tensors:
+        start = _aligned(end) if entry.length else end
+        if start + entry.length > len(view):
+            raise PeerError(
+                Rejection.WRONG_LENGTH, f"tensor {entry.name!r} ends beyond the {len(view)} bytes"
+            )
+        if any(view[end:start]):
+            raise PeerError(Rejection.MALFORMED, f"the gap before tensor {entry.name!r} is not zero")
+        end = start + entry.length
+        blobs.append((entry, schemes[entry.scheme], view[start:end]))
+    if end != len(view):
+        raise PeerError(Rejection.WRONG_LENGTH, f"{len(view) - end} bytes after the last tensor")
+    return blobs
+
+
+def _fill(blobs: list[_Blob], out: Mapping[str, NDArray[np.float32]]) -> None:
+    for entry, scheme, blob in blobs:
+        values: Values = out[entry.name].reshape(-1)
+        if not values.size:
+            continue
+        try:
+            scheme.decode_into(blob, entry.parameters, values)
+        except PeerError as error:
+            raise PeerError(error.code, f"tensor {entry.name!r}: {error.detail}") from error
 
 
 def _read_header(view: memoryview, schema: Schema, encoding: Encoding) -> tuple[_Header, int]:
@@ -198,13 +236,13 @@ def _read_header(view: memoryview, schema: Schema, encoding: Encoding) -> tuple[
     if end > len(view) or length > _max_header_bytes(schema, encoding) + _HEADER_SLACK_BYTES:
         raise PeerError(Rejection.WRONG_LENGTH, f"a header of {length} bytes in a frame of {len(view)}")
     header = decode_msgpack(bytes(view[_PREFIX.size : end]), _Header)
-    if header.encoding != encoding.name:
-        raise PeerError(Rejection.WRONG_ENCODING, f"encoded as {header.encoding!r}, not {encoding.name!r}")
-    _check_tensors(header, schema, encoding)
+    if header.encoding != encoding.spec:
+        raise PeerError(Rejection.WRONG_ENCODING, f"encoded as {header.encoding!r}, not {encoding.spec!r}")
+    _check_tensors(header, schema, _schemes(encoding))
     return header, end
 
 
-def _check_tensors(header: _Header, schema: Schema, encoding: Encoding) -> None:
+def _check_tensors(header: _Header, schema: Schema, schemes: Mapping[str, Scheme]) -> None:
     names = [entry.name for entry in header.tensors]
     if missing := sorted(set(schema) - set(names)):
         raise PeerError(Rejection.MISSING_TENSOR, _listed(missing))
@@ -218,22 +256,42 @@ def _check_tensors(header: _Header, schema: Schema, encoding: Encoding) -> None:
                 Rejection.WRONG_SHAPE,
                 f"tensor {entry.name!r} is {entry.shape} instead of {tuple(schema[entry.name])}",
             )
-        if entry.scheme not in (RAW, encoding.name):
+        scheme = schemes.get(entry.scheme)
+        if scheme is None:
             raise PeerError(Rejection.WRONG_ENCODING, f"tensor {entry.name!r} is sent as {entry.scheme!r}")
-        limit = ENCODINGS[entry.scheme].max_bytes(prod(entry.shape))
+        if len(entry.parameters) != scheme.parameters:
+            raise PeerError(
+                Rejection.MALFORMED,
+                f"tensor {entry.name!r} has {len(entry.parameters)} parameters instead of {scheme.parameters}",
+            )
+        limit = scheme.max_bytes(prod(entry.shape))
         if entry.length > limit:
             raise PeerError(
                 Rejection.WRONG_LENGTH, f"tensor {entry.name!r} has {entry.length} bytes, at most {limit}"
             )
 
 
+def _schemes(encoding: Encoding) -> dict[str, Scheme]:
+    """What a frame may hold, by name."""
+    schemes: tuple[Scheme, ...] = (ZERO, RAW, *encoding.schemes)
+    return {scheme.name: scheme for scheme in schemes}
+
+
 def _longest_entries(name: str, shape: tuple[int, ...], encoding: Encoding) -> list[_Entry]:
     """The entries of a tensor that our encoder may write, each at its longest."""
     count = prod(shape)
-    raw = _Entry(name, shape, RAW, (), 4 * count)
-    parameters = (1.0,) * encoding.parameters
-    coded = _Entry(name, shape, encoding.name, parameters, encoding.max_bytes(count))
-    return [raw, coded] if not count or _cost(raw) <= _cost(coded) else [coded]
+    entries = [
+        _Entry(name, shape, scheme.name, (1.0,) * scheme.parameters, scheme.max_bytes(count))
+        for scheme in (RAW, *encoding.schemes)
+    ]
+    raw, *coded = entries
+    if coded and count and all(_room(entry) < _room(raw) for entry in coded):
+        return coded  # then the raw form is never the shorter one
+    return entries
+
+
+def _room(entry: _Entry) -> int:
+    return _aligned(entry.length) + _PARAMETER_BYTES * len(entry.parameters)
 
 
 def _max_header_bytes(schema: Schema, encoding: Encoding) -> int:
@@ -241,11 +299,7 @@ def _max_header_bytes(schema: Schema, encoding: Encoding) -> int:
         max(_longest_entries(name, shape, encoding), key=lambda entry: len(msgspec.msgpack.encode(entry)))
         for name, shape in schema.items()
     )
-    return len(msgspec.msgpack.encode(_Header(encoding.name, entries)))
-
-
-def _cost(entry: _Entry) -> int:
-    return _aligned(entry.length) + _PARAMETER_BYTES * len(entry.parameters)
+    return len(msgspec.msgpack.encode(_Header(encoding.spec, entries)))
 
 
 def _aligned(offset: int) -> int:

@@ -19,7 +19,7 @@ from aggregator.config import AggregatorConfig
 from federation.config import describe
 from federation.errors import ExitCode, Rejection
 from federation.wire import messages
-from federation.wire.encodings import ENCODINGS
+from federation.wire.encodings import ENCODINGS, RAW, ZERO, encoding_named
 from federation.wire.signing import Envelope
 from federation.wire.topics import Topics
 
@@ -112,8 +112,15 @@ def test_every_setting_is_described_and_the_page_is_current() -> None:
 def test_the_protocol_names_every_code_and_encoding() -> None:
     table = PROTOCOL.partition("Codes of refusals")[2].partition("## 10.")[0]
     assert set(re.findall(r"^\| `(\w+)` \|", table, re.MULTILINE)) == {code.value for code in Rejection}
-    schemes = PROTOCOL.partition("| scheme |")[2].partition("## 11.")[0]
-    assert set(re.findall(r"^\| `(\w+)` \|", schemes, re.MULTILINE)) == set(ENCODINGS)
+    schemes = PROTOCOL.partition("| scheme |")[2].partition("\n\n")[0]
+    assert set(re.findall(r"^\| `(\w+)` \|", schemes, re.MULTILINE)) == {
+        scheme.name
+        for family in ENCODINGS.values()
+        for scheme in (ZERO, RAW, *encoding_named(family.example).schemes)
+    }
+    families = PROTOCOL.partition("| encoding |")[2].partition("\n\n")[0]
+    forms = {family.form for family in ENCODINGS.values()}
+    assert set(re.findall(r"^\| `([\w:]+)` \|", families, re.MULTILINE)) == forms
 
 
 @pytest.mark.parametrize(
