@@ -172,10 +172,13 @@ def test_int8_depends_on_the_generator_only(arrays: Arrays) -> None:
 
 
 @pytest.mark.parametrize("encoding", SPECS)
-def test_bound_holds_and_is_tight(encoding: str, arrays: Arrays, rng: np.random.Generator) -> None:
+def test_bound_holds(encoding: str, arrays: Arrays, rng: np.random.Generator) -> None:
     bound = max_encoded_bytes(schema_of(arrays), encoding)
     length = len(encode(arrays, encoding, rng))
-    assert length <= bound <= length + 16 * len(arrays)
+    assert length <= bound
+    if encoding in ("float32", "float16", "int8"):  # of the others the length depends on the values
+        frozen = arrays["still"].nbytes
+        assert bound <= length + frozen + 16 * len(arrays)
     many = {f"layer{i}.bias": np.ones(1 + i % 7, dtype=np.float32) for i in range(300)}
     assert len(encode(many, encoding, rng)) <= max_encoded_bytes(schema_of(many), encoding)
 
