@@ -31,6 +31,7 @@ class Run:
         agents: How many take part in each round.
         holdout: Evaluate each round on this; empty for no evaluation.
         train: Settings of ``[train]``.
+        settings: Further ones for ``--set``, by name.
     """
 
     model: str
@@ -39,6 +40,7 @@ class Run:
     agents: int
     holdout: str = ""
     train: Mapping[str, float] = field(default_factory=dict)
+    settings: Mapping[str, str] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True)
@@ -77,40 +79,42 @@ class Fleet:
     def __init__(self, children: Children, folder: Path, run: Run) -> None:
         folder.mkdir(parents=True)
         self.folder, self.state, self._run, self._children = folder, folder / "state", run, children
-        self._port = _free_port()
+        self.port = free_port()
         self._enrolment = Enrolment(self.state, FEDERATION)
         self.broker_peak_mb = 0.0
 
-    def enroll(self, name: str) -> Path:
-        """The bundle of a new agent."""
+    def enroll(self, name: str, *, port: int = 0) -> Path:
+        """The bundle of a new agent, which reaches the broker through ``port``; 0 is the broker's own."""
         path = self.folder / f"{name}.bundle.json"
-        write_bundle(path, self._enrolment.enroll(name, broker_url=f"mqtt://127.0.0.1:{self._port}"))
+        write_bundle(path, self._enrolment.enroll(name, broker_url=f"mqtt://127.0.0.1:{port or self.port}"))
         return path
 
     def serve(self) -> Child:
         """Start `aggregator serve`."""
         run = self._run
-        train = [f"train.{key}={value}" for key, value in run.train.items()]
-        settings = [argument for setting in train for argument in ("--set", setting)]
+        values = {f"train.{key}": value for key, value in run.train.items()} | dict(run.settings)
+        settings = [argument for key, value in values.items() for argument in ("--set", f"{key}={value}")]
         holdout = ["--holdout", run.holdout] if run.holdout else []
         return self._children.start(
             f"{self.folder.name}-aggregator",
             *module("aggregator.cli", "serve", "--federation", FEDERATION, "--state", str(self.state)),
-            *("--listen", f"127.0.0.1:{self._port}", "--model", run.model, "--data", run.data, *holdout),
+            *("--listen", f"127.0.0.1:{self.port}", "--model", run.model, "--data", run.data, *holdout),
             *("--rounds", str(run.rounds), "--min-agents", str(run.agents)),
             *("--cohort-size", str(run.agents), "--deadline", "3600", "--log-format", "json", *settings),
         )
 
     def join(self, data: Sequence[str]) -> list[Child]:
         """Start one `edge-agent run` for each share of the data, each with one thread."""
-        return [
-            self._children.start(
-                f"{self.folder.name}-{bundle.name.partition('.')[0]}",
-                *module("edge_agent.cli", "run", str(bundle), "--data", share),
-                *("--threads", "1", "--device", "cpu", "--telemetry", "0", "--log-format", "json"),
-            )
-            for share, bundle in [(share, self.enroll(f"agent-{i}")) for i, share in enumerate(data, 1)]
-        ]
+        bundles = [self.enroll(f"agent-{number}") for number in range(1, len(data) + 1)]
+        return [self.start(bundle, share) for bundle, share in zip(bundles, data, strict=True)]
+
+    def start(self, bundle: Path, share: str) -> Child:
+        """Start `edge-agent run` with one thread."""
+        return self._children.start(
+            f"{self.folder.name}-{bundle.name.partition('.')[0]}",
+            *module("edge_agent.cli", "run", str(bundle), "--data", share),
+            *("--threads", "1", "--device", "cpu", "--telemetry", "0", "--log-format", "json"),
+        )
 
     def finish(self, server: Child, timeout_s: float) -> list[Round]:
         """Wait until the aggregator has finished its run.
@@ -156,7 +160,8 @@ def train_together(
     return rounds
 
 
-def _free_port() -> int:
+def free_port() -> int:
+    """A port of loopback on which nobody listens now."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         return int(probe.getsockname()[1])

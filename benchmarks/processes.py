@@ -7,7 +7,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Self
@@ -76,13 +76,16 @@ class Children:
         self._over.set()
         self._watch.join()
 
-    def start(self, name: str, *command: str, threads: int = 1) -> Child:
+    def start(
+        self, name: str, *command: str, threads: int = 1, environment: Mapping[str, str] | None = None
+    ) -> Child:
         """Start a process whose output goes to ``NAME.log``.
 
         Args:
             name: Of the log; an earlier one of that name is added to.
             command: Program and arguments.
             threads: CPU threads that its numerical libraries may use.
+            environment: Variables beyond those of this process.
         """
         log = self._folder / f"{name}.log"
         limits = dict.fromkeys(("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS"), str(threads))
@@ -93,7 +96,7 @@ class Children:
                 stdin=subprocess.DEVNULL,
                 stdout=output,
                 stderr=output,
-                env=os.environ | limits | {"PYTHONUNBUFFERED": "1"},
+                env=os.environ | limits | {"PYTHONUNBUFFERED": "1"} | dict(environment or {}),
                 start_new_session=True,  # Ctrl-C reaches the benchmark, which then stops its children in order
             )
         child = Child(name, process, log)
