@@ -260,16 +260,21 @@ class Broker:
 
 
 class Relay:
-    """A TCP relay on loopback in front of a broker: a network that can be cut and mended.
+    """A TCP relay on loopback in front of a broker: a network that can be cut and mended, and that counts.
 
     Args:
         port: Where the broker listens.
+
+    Attributes:
+        up: Bytes that came from clients, over all connections.
+        down: Bytes that came from the broker.
     """
 
     def __init__(self, port: int) -> None:
         self._target = port
         self._sockets: set[socket.socket] = set()
         self._lock = threading.Lock()
+        self.up = self.down = 0
         self._server = socket.create_server(("127.0.0.1", 0))
         self.port = int(self._server.getsockname()[1])
         threading.Thread(target=self._accept, daemon=True).start()
@@ -306,11 +311,16 @@ class Relay:
                 self._sockets |= {near, far}
             for source, sink in ((near, far), (far, near)):
                 source.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-                threading.Thread(target=self._pump, args=(source, sink), daemon=True).start()
+                threading.Thread(target=self._pump, args=(source, sink, source is near), daemon=True).start()
 
-    def _pump(self, source: socket.socket, sink: socket.socket) -> None:
+    def _pump(self, source: socket.socket, sink: socket.socket, upwards: bool) -> None:
         try:
             while data := source.recv(65536):
+                with self._lock:
+                    if upwards:
+                        self.up += len(data)
+                    else:
+                        self.down += len(data)
                 sink.sendall(data)
         except OSError:
             pass

@@ -16,6 +16,7 @@ from federation.errors import TransportError
 from federation.wire.address import BrokerAddress
 from federation.wire.connection import Will
 from federation.wire.inbox import Connected, Disconnected, Limits, LinkEvent, Message
+from federation.wire.messages import Traffic
 
 ADDRESS = BrokerAddress.parse("mqtt://127.0.0.1:1")
 """Goes into constructors; nobody listens there."""
@@ -56,9 +57,11 @@ class MemoryBroker:
         *,
         on_event: Callable[[LinkEvent], None],
         will: Will | None = None,
+        max_rate: float | None = None,
     ) -> "MemoryLink":
-        """What ``Link`` is to a real broker."""
+        """What ``Link`` is to a real broker. Memory has no rate to cap."""
         assert isinstance(address, BrokerAddress)
+        assert max_rate is None or max_rate > 0
         link = MemoryLink(self, client_id, on_event, will)
         self.links.append(link)
         return link
@@ -109,7 +112,7 @@ class MemoryBroker:
 
     def deliver(self, link: "MemoryLink", message: Message, qos: int) -> None:
         if qos and not any(f"/{branch}/" in message.topic for branch in ("up", "down")):
-            link.on_event(message)
+            link.hear(message)
             return
         weather, chance = self.weather, self.random.random
         if chance() < weather.drop:
@@ -120,9 +123,9 @@ class MemoryBroker:
             link.held.append(message)
             return
         for _ in range(2 if chance() < weather.duplicate else 1):
-            link.on_event(message)
+            link.hear(message)
         while link.held:
-            link.on_event(link.held.pop())
+            link.hear(link.held.pop())
 
     def flipped(self, payload: bytes) -> bytes:
         damaged = bytearray(payload)
@@ -140,6 +143,7 @@ class MemoryLink:
         self.filters: dict[str, int] = {}
         self.held: list[Message] = []
         self.ended = False
+        self.sent_bytes = self.received_bytes = self.sent_payload_bytes = self.received_payload_bytes = 0
         self._connected = False
 
     # --- what the owner calls -------------------------------------------------------------------------------------
@@ -152,6 +156,16 @@ class MemoryLink:
     def limits(self) -> Limits:
         return self.broker.limits
 
+    @property
+    def traffic(self) -> Traffic:
+        with self.broker.lock:
+            return Traffic(
+                sent_bytes=self.sent_bytes,
+                received_bytes=self.received_bytes,
+                sent_payload_bytes=self.sent_payload_bytes,
+                received_payload_bytes=self.received_payload_bytes,
+            )
+
     def start(self) -> None:
         with self.broker.lock:
             self.join()
@@ -160,11 +174,16 @@ class MemoryLink:
         if not self._connected:
             raise TransportError(f"not connected after {timeout_s} s")
 
-    def publish(self, topic: str, payload: bytes, *, qos: int = 1, retain: bool = False) -> bool:
-        self._check_size(topic, payload)
+    def publish(
+        self, topic: str, payload: bytes, *, qos: int = 1, retain: bool = False, yielding: bool = False
+    ) -> bool:
+        assert not (yielding and retain), "a chunk of an upload is not kept"
+        size = self._check_size(topic, payload)
         with self.broker.lock:
             if not self._connected:
                 return False
+            self.sent_bytes += size
+            self.sent_payload_bytes += len(payload)
             self.broker.route(self.client_id, topic, payload, qos=qos, retain=retain)
         return True
 
@@ -220,7 +239,13 @@ class MemoryLink:
             (qos for pattern, qos in self.filters.items() if topic_matches_sub(pattern, topic)), default=None
         )
 
-    def _check_size(self, topic: str, payload: bytes) -> None:
+    def hear(self, message: Message) -> None:
+        self.received_bytes += len(message.topic.encode()) + len(message.payload) + HEADER_BYTES
+        self.received_payload_bytes += len(message.payload)
+        self.on_event(message)
+
+    def _check_size(self, topic: str, payload: bytes) -> int:
         size = len(topic.encode()) + len(payload) + HEADER_BYTES
         if size > self.limits.max_packet_bytes:
             raise TransportError(f"{size} bytes, the broker takes {self.limits.max_packet_bytes}")
+        return size

@@ -23,7 +23,8 @@ from paho.mqtt.reasoncodes import ReasonCode
 from federation.wire import reasons
 from federation.wire.address import LARGEST_PACKET, BrokerAddress
 from federation.wire.inbox import UNLIMITED_RECEIVE_MAXIMUM, Limits, LinkEvent, LinkFailed, Message
-from federation.wire.messages import MAX_CHUNK_BYTES
+from federation.wire.messages import MAX_CHUNK_BYTES, Traffic
+from federation.wire.rate import TokenBucket
 from federation.wire.reasons import Failure
 from federation.wire.sending import Publish, SendQueue, Subscribe, Unsubscribe, Wake
 
@@ -37,6 +38,10 @@ FAREWELL_S: Final = 2.0
 
 TICK_S: Final = 1.0
 """How often keepalive and deadlines are looked at when nothing happens."""
+
+UNSENT_BYTES: Final = 128 * 1024
+"""What the kernel may hold that it has not sent: one chunk and a little. More only ages there: pings would wait behind
+it, and nothing could be taken back."""
 
 FILTERS_PER_PACKET: Final = 8
 """AWS IoT takes no more in one SUBSCRIBE."""
@@ -71,6 +76,64 @@ class Outcome:
     failure: Failure | None
 
 
+class Meter:
+    """Counts what passes through the sockets of a link. Written by its network thread, read by any.
+
+    Args:
+        cap: Charged for all that is sent; None for no cap.
+    """
+
+    def __init__(self, cap: TokenBucket | None = None) -> None:
+        self.cap = cap
+        self._sent = self._received = self._sent_payload = self._received_payload = 0
+
+    @property
+    def traffic(self) -> Traffic:
+        """All that was counted; no counter ever falls."""
+        # The payloads first: what is counted between the two readings must not make them more than the whole.
+        sent_payload, received_payload = self._sent_payload, self._received_payload
+        return Traffic(
+            sent_bytes=self._sent,
+            received_bytes=self._received,
+            sent_payload_bytes=sent_payload,
+            received_payload_bytes=received_payload,
+        )
+
+    def sent(self, size: int) -> None:
+        """Bytes were written."""
+        self._sent += size
+        if self.cap is not None:
+            self.cap.spend(size, monotonic())
+
+    def received(self, size: int) -> None:
+        """Bytes were read."""
+        self._received += size
+
+    def sent_payload(self, size: int) -> None:
+        """A message with that payload is through."""
+        self._sent_payload += size
+
+    def received_payload(self, size: int) -> None:
+        """A message with that payload has come."""
+        self._received_payload += size
+
+
+class _MeteredClient(Client):
+    """Counts at the socket. There is no public hook for that, so the two private methods next to it are wrapped."""
+
+    meter: Meter
+
+    def _sock_send(self, buf: bytes | bytearray) -> int:
+        size = super()._sock_send(buf)
+        self.meter.sent(size)
+        return size
+
+    def _sock_recv(self, bufsize: int) -> bytes:
+        data = super()._sock_recv(bufsize)
+        self.meter.received(len(data))
+        return data
+
+
 class _LastError(logging.Handler):
     """Paho tells why a socket failed only to its log."""
 
@@ -96,6 +159,7 @@ class Connection:
         resume: Take up the session of the previous connection, so that its delayed will does not fire.
         filters: Subscriptions of the previous connection; kept up to date here.
         queue: What to send.
+        meter: Counts what is moved, and holds the cap on what is sent.
         wake: What interrupts the wait.
         emit: Where events go. Must not raise.
         opened: Called once the broker has let us in. Must not raise.
@@ -114,6 +178,7 @@ class Connection:
         resume: bool,
         filters: set[str],
         queue: SendQueue,
+        meter: Meter,
         wake: Wake,
         emit: Callable[[LinkEvent], None],
         opened: Callable[[Limits], None],
@@ -122,6 +187,7 @@ class Connection:
         self._version = version
         self._filters = filters
         self._queue = queue
+        self._meter = meter
         self._wake = wake
         self._emit = emit
         self._opened = opened
@@ -162,13 +228,14 @@ class Connection:
         self, client_id: str, context: ssl.SSLContext | None, will: Will | None, will_delay_s: int
     ) -> Client:
         five = self._version == MQTT_5
-        client = Client(
+        client = _MeteredClient(
             CallbackAPIVersion.VERSION2,
             client_id,
             clean_session=None if five else True,
             protocol=MQTTProtocolVersion.MQTTv5 if five else MQTTProtocolVersion.MQTTv311,
             reconnect_on_failure=False,
         )
+        client.meter = self._meter
         client.connect_timeout = CONNECT_TIMEOUT_S
         client.max_inflight_messages = 0  # unlimited there: the window is kept here, where CONNACK's is known
         client.username_pw_set(self._address.username, self._address.password)
@@ -217,7 +284,8 @@ class Connection:
                 if self._up_since is None and now > answer_due:
                     self._failure = reasons.of_mute(self._address, CONNECT_TIMEOUT_S)
                     return
-                self._feed()
+                capped_until = now if self._meter.cap is None or stopping() else self._meter.cap.ready_at(now)
+                self._feed(capped=capped_until > now)
                 if stopping():
                     if farewell_due is None:
                         farewell_due = now + FAREWELL_S
@@ -229,7 +297,8 @@ class Connection:
                     selector.modify(sock, wanted)
                     mask = wanted
                 buffered = tls is not None and tls.pending() > 0
-                ready = {key.fileobj: events for key, events in selector.select(0 if buffered else TICK_S)}
+                wait_s = 0.0 if buffered else min(TICK_S, capped_until - now or TICK_S)
+                ready = {key.fileobj: events for key, events in selector.select(wait_s)}
                 if self._wake.reader in ready:
                     self._wake.drain()
                 events = ready.get(sock, 0)
@@ -248,18 +317,20 @@ class Connection:
             properties = _properties(PacketTypes.DISCONNECT, SessionExpiryInterval=0)
         self._client.disconnect(properties=properties)
 
-    def _feed(self) -> None:
+    def _feed(self, *, capped: bool) -> None:
         """Hand to paho what may go now."""
-        while self._up_since is not None and self._client.socket() is not None:
-            job = self._queue.take(acks_free=self._unacked_qos1 < self._window)
+        while self._up_since is not None and self._client.socket() is not None and not capped:
+            idle = not self._client.want_write()
+            if self._meter.cap is not None and not idle:
+                return  # what is charged is what was written, so one at a time; acknowledgements and pings go past us
+            job = self._queue.take(acks_free=self._unacked_qos1 < self._window, idle=idle)
             match job:
                 case None:
                     return
                 case Publish():
                     mid = self._client.publish(job.topic, job.payload, job.qos, job.retain).mid
-                    if job.bulk or job.qos:
-                        self._unacked[mid] = job
-                        self._unacked_qos1 += job.qos
+                    self._unacked[mid] = job
+                    self._unacked_qos1 += job.qos
                 case Subscribe(filters):
                     self._filters.update(name for name, _ in filters)
                     _, asked = self._client.subscribe(list(filters))
@@ -273,6 +344,8 @@ class Connection:
     def _on_socket_open(self, _client: Client, _userdata: object, sock: Any) -> None:
         # Nagle holds small grants back for 40 ms.
         sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        if hasattr(socket, "TCP_NOTSENT_LOWAT"):  # Linux and macOS
+            sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NOTSENT_LOWAT, UNSENT_BYTES)
 
     def _on_connect(
         self,
@@ -325,6 +398,7 @@ class Connection:
         except UnicodeDecodeError:
             self._emit(LinkFailed("the broker delivered a topic that is not UTF-8; the message was dropped"))
             return
+        self._meter.received_payload(len(message.payload))
         self._emit(Message(topic, bytes(message.payload), message.retain))
 
     def _on_publish(
@@ -334,6 +408,7 @@ class Connection:
         if job is None:
             return
         self._unacked_qos1 -= job.qos
+        self._meter.sent_payload(len(job.payload))
         if job.bulk:
             self._queue.settled(refused=code.is_failure)
         if code.is_failure and str(code) not in self._refusals_told:
@@ -376,4 +451,4 @@ def _properties(packet: int, **values: int) -> Properties:
     return properties
 
 
-__all__ = ["FILTERS_PER_PACKET", "Connection", "Outcome", "Will"]
+__all__ = ["FILTERS_PER_PACKET", "Connection", "Meter", "Outcome", "Will"]

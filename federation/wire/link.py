@@ -20,6 +20,7 @@ from federation.wire.connection import (
     FAREWELL_S,
     FILTERS_PER_PACKET,
     Connection,
+    Meter,
     Outcome,
     Will,
 )
@@ -33,6 +34,9 @@ from federation.wire.inbox import (
     Message,
     Overflow,
 )
+from federation.wire.messages import Traffic
+from federation.wire.rate import TokenBucket
+from federation.wire.rate import keepalive_s as default_keepalive_s
 from federation.wire.reasons import Failure
 from federation.wire.sending import SendQueue, Subscribe, Unsubscribe, Wake, publish_job
 
@@ -60,6 +64,11 @@ class LinkLike(Protocol):
         """As :attr:`Link.limits`."""
         ...
 
+    @property
+    def traffic(self) -> Traffic:
+        """As :attr:`Link.traffic`."""
+        ...
+
     def start(self) -> None:
         """As :meth:`Link.start`."""
         ...
@@ -68,7 +77,9 @@ class LinkLike(Protocol):
         """As :meth:`Link.wait_connected`."""
         ...
 
-    def publish(self, topic: str, payload: bytes, *, qos: int = 1, retain: bool = False) -> bool:
+    def publish(
+        self, topic: str, payload: bytes, *, qos: int = 1, retain: bool = False, yielding: bool = False
+    ) -> bool:
         """As :meth:`Link.publish`."""
         ...
 
@@ -105,6 +116,7 @@ class MakeLink(Protocol):
         *,
         on_event: Callable[[LinkEvent], None],
         will: Will | None = None,
+        max_rate: float | None = None,
     ) -> LinkLike:
         """Make a link that is not started yet."""
         ...
@@ -123,7 +135,10 @@ class Link:
         on_event: Called in the network thread with every event. Must only enqueue. What it raises is logged and
             reported as :class:`LinkFailed`, and the link goes on.
         will: Published by the broker if this link vanishes without :meth:`stop`.
-        keepalive_s: Seconds between pings; a broker that is silent for twice as long counts as gone.
+        max_rate: Cap on what is sent, bytes a second, over all that MQTT writes; None for none. Messages go one at
+            a time and whole, control first. Acknowledgements, pings and last words never wait, but are paid for.
+        keepalive_s: Seconds between pings; a broker that is silent for twice as long counts as gone. None is 30, or
+            more under a cap that needs it.
         max_inflight: Bulk messages on their way at once.
         will_delay_s: Seconds by which the will is delayed (MQTT 5 only).
         retry_min_s: First back-off, seconds. It doubles, with jitter.
@@ -140,7 +155,8 @@ class Link:
         *,
         on_event: Callable[[LinkEvent], None],
         will: Will | None = None,
-        keepalive_s: int = 30,
+        max_rate: float | None = None,
+        keepalive_s: int | None = None,
         max_inflight: int = 16,
         will_delay_s: int = 10,
         retry_min_s: float = RETRY_MIN_S,
@@ -151,12 +167,13 @@ class Link:
         self._client_id = client_id
         self._on_event = on_event
         self._will = will
-        self._keepalive_s = keepalive_s
+        self._keepalive_s = default_keepalive_s(max_rate) if keepalive_s is None else keepalive_s
         self._will_delay_s = will_delay_s if will is not None else 0
         self._retry_min_s = retry_min_s
         self._retry_max_s = retry_max_s
         self._wake = Wake()
         self._queue = SendQueue(max_inflight, self._wake)
+        self._meter = Meter(None if max_rate is None else TokenBucket(max_rate))
         self._filters: set[str] = set()
         self._known_version: Literal[3, 5] | None = None
         self._told = ""
@@ -174,6 +191,11 @@ class Link:
     def limits(self) -> Limits:
         """What the broker accepts; before the first connection, what the protocol does."""
         return self._queue.limits
+
+    @property
+    def traffic(self) -> Traffic:
+        """What was moved since the link was made, over all its connections. No counter ever falls."""
+        return self._meter.traffic
 
     def start(self) -> None:
         """Begin to connect, in the background. Call it once.
@@ -208,8 +230,18 @@ class Link:
                     raise TransportError(f"not connected after {timeout_s:g} s: {why}")
                 self._changed.wait(min(remaining, 1.0))
 
-    def publish(self, topic: str, payload: bytes, *, qos: int = 1, retain: bool = False) -> bool:
+    def publish(
+        self, topic: str, payload: bytes, *, qos: int = 1, retain: bool = False, yielding: bool = False
+    ) -> bool:
         """Send a message soon, without waiting for anything. Messages keep their order.
+
+        Args:
+            topic: Where to.
+            payload: At most the broker's packet limit, less topic and header.
+            qos: 0 or 1.
+            retain: Whether the broker keeps it.
+            yielding: Let messages without this mark overtake it, and send it once only if it is published again, to
+                the same topic, while it waits: for chunks, which may be asked for twice.
 
         Returns:
             False if not connected (or 64 MiB already wait unsent): nothing was queued. True is no promise either:
@@ -219,7 +251,7 @@ class Link:
             TransportError: If the packet is over the broker's limit. The link stays up.
             ValueError: If the topic has a wildcard or ``qos`` is not 0 or 1.
         """
-        return self._queue.put(publish_job(topic, payload, qos=qos, retain=retain))
+        return self._queue.put(publish_job(topic, payload, qos=qos, retain=retain, bulk=yielding))
 
     def publish_bulk(
         self, topic: str, payload: bytes, *, qos: int = 0, retain: bool = False, timeout_s: float
@@ -353,6 +385,7 @@ class Link:
             resume=bool(self._will_delay_s) and self._known_version == version,
             filters=self._filters,
             queue=self._queue,
+            meter=self._meter,
             wake=self._wake,
             emit=self._emit,
             opened=opened,

@@ -37,6 +37,8 @@ Finite = Annotated[float, Meta(ge=-1e300, le=1e300)]
 Positive = Annotated[float, Meta(gt=0, le=1e12)]
 NonNegative = Annotated[float, Meta(ge=0, le=1e12)]
 Count = Annotated[int, Meta(ge=0, le=2**40)]
+Bytes = Annotated[int, Meta(ge=0, le=2**53)]
+"""As many as JSON readers can count exactly."""
 
 
 class Wire(Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
@@ -286,6 +288,47 @@ class Capabilities(Wire, frozen=True):
     platform: Annotated[str, Meta(max_length=200)]
 
 
+class Traffic(Wire, frozen=True):
+    """Bytes that one end of a link has moved.
+
+    All bytes of MQTT count: headers, topics, acknowledgements and pings too. Those of TLS, TCP and IP do not.
+
+    Attributes:
+        sent_bytes: To the broker.
+        received_bytes: From the broker.
+        sent_payload_bytes: Of the former, payloads of messages that were written (QoS 0) or acknowledged (QoS 1).
+        received_payload_bytes: Of the latter, payloads of messages.
+    """
+
+    sent_bytes: Bytes = 0
+    received_bytes: Bytes = 0
+    sent_payload_bytes: Bytes = 0
+    received_payload_bytes: Bytes = 0
+
+    def since(self, earlier: "Traffic") -> "Traffic":
+        """What was moved between two readings of the same counters."""
+        return Traffic(
+            sent_bytes=self.sent_bytes - earlier.sent_bytes,
+            received_bytes=self.received_bytes - earlier.received_bytes,
+            sent_payload_bytes=self.sent_payload_bytes - earlier.sent_payload_bytes,
+            received_payload_bytes=self.received_payload_bytes - earlier.received_payload_bytes,
+        )
+
+
+class RoundTraffic(Wire, frozen=True):
+    """What a device has moved for one round: from the plan to the receipt, or to the end of its part otherwise.
+
+    Attributes:
+        run: As in the plan.
+        round: As in the plan.
+        moved: By the process that ended the device's part in the round.
+    """
+
+    run: RunId
+    round: RoundNumber
+    moved: Traffic
+
+
 class Telemetry(Wire, frozen=True):
     """How a device is (JSON, not retained, rate-limited by the agent).
 
@@ -298,6 +341,9 @@ class Telemetry(Wire, frozen=True):
         available_mb: Memory that the device has left, MiB.
         disk_free_mb: On the disk that holds the agent's state, MiB.
         temperature_c: Hottest sensor; None where the device has none.
+        progress: Share of a transfer that is done, 0-1, while fetching or delivering; else None.
+        total: What its link has moved since the process began, between rounds too.
+        traffic: What the last round that it had a part in has moved; repeated in later reports, since one may be lost.
     """
 
     session: SessionId
@@ -308,6 +354,9 @@ class Telemetry(Wire, frozen=True):
     available_mb: NonNegative
     disk_free_mb: NonNegative
     temperature_c: Finite | None = None
+    progress: Annotated[float, Meta(ge=0, le=1)] | None = None
+    total: Traffic | None = None
+    traffic: RoundTraffic | None = None
 
 
 class AgentState(Wire, frozen=True):

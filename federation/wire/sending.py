@@ -15,8 +15,8 @@ from federation.errors import TransportError
 from federation.wire.address import LARGEST_PACKET
 from federation.wire.inbox import Limits
 
-CONTROL_BYTES = 64 * 1024 * 1024
-"""Control messages that may wait while the broker does not read; the keepalive ends such a connection anyway."""
+WAITING_BYTES = 64 * 1024 * 1024
+"""What may wait while the broker does not read; the keepalive ends such a connection anyway."""
 
 JOB_OVERHEAD_BYTES = 256
 
@@ -93,8 +93,11 @@ class SendQueue:
         self._wake = wake
         self._changed = threading.Condition()
         self._control: deque[Job] = deque()
-        self._control_bytes = 0
         self._bulk: deque[Publish] = deque()
+        self._waiting_bytes = (
+            0  # of what did not wait for room: all control, and of bulk what is in _waiting_topics
+        )
+        self._waiting_topics: set[str] = set()
         self._pending = 0
         self._lost = 0
         self._session = 0
@@ -124,8 +127,9 @@ class SendQueue:
         with self._changed:
             self._open = False
             self._control.clear()
-            self._control_bytes = 0
             self._bulk.clear()
+            self._waiting_bytes = 0
+            self._waiting_topics.clear()
             self._lost += self._pending
             self._pending = 0
             self._changed.notify_all()
@@ -137,10 +141,15 @@ class SendQueue:
             self._pending -= len(self._bulk)
             self._lost += len(self._bulk)
             self._bulk.clear()
+            self._waiting_topics.clear()
+            self._waiting_bytes = sum(map(_size, self._control))
             self._changed.notify_all()
 
     def put(self, job: Job) -> bool:
-        """Queue a control job without waiting.
+        """Queue a job without waiting.
+
+        A bulk message lets control pass, and is dropped as a repeat while one to the same topic waits: who asks again
+        for a chunk since it is long in coming must not lengthen the queue that delays it.
 
         Returns:
             False if not connected, or if 64 MiB already wait.
@@ -154,10 +163,16 @@ class SendQueue:
                 return False
             if isinstance(job, Publish):
                 self._check_size(job)
-            if self._control_bytes + size > CONTROL_BYTES:
+            if self._waiting_bytes + size > WAITING_BYTES:
                 return False
-            self._control.append(job)
-            self._control_bytes += size
+            if not isinstance(job, Publish) or not job.bulk:
+                self._control.append(job)
+            elif job.topic in self._waiting_topics or self._ending:
+                return True
+            else:
+                self._waiting_topics.add(job.topic)
+                self._append_bulk(job)
+            self._waiting_bytes += size
         self._wake()
         return True
 
@@ -177,8 +192,7 @@ class SendQueue:
             self._wait(lambda: self._pending < self._max_bulk, deadline, timeout_s)
             if self._ending:
                 raise TransportError(f"the link is stopping: {job.topic} was not sent")
-            self._pending += 1
-            self._bulk.append(job)
+            self._append_bulk(job)
         self._wake()
 
     def flush(self, timeout_s: float) -> None:
@@ -197,11 +211,13 @@ class SendQueue:
                 f"{lost} bulk messages were lost with the connection or refused: send them again"
             )
 
-    def take(self, *, acks_free: bool) -> Job | None:
+    def take(self, *, acks_free: bool, idle: bool) -> Job | None:
         """The next job to hand to the broker, control first; None if nothing may go now.
 
         Args:
             acks_free: Whether another QoS 1 publish may be un-acknowledged.
+            idle: Whether all that was handed over before has been written. Bulk waits for that: here control and
+                last words can still overtake it, and pings are written behind one bulk message at most.
         """
         with self._changed:
             if self._control:
@@ -209,10 +225,14 @@ class SendQueue:
                 if isinstance(head, Publish) and head.qos and not acks_free:
                     return None  # a later message must not overtake it
                 self._control.popleft()
-                self._control_bytes -= _size(head)
+                self._waiting_bytes -= _size(head)
                 return head
-            if self._bulk and (acks_free or not self._bulk[0].qos):
-                return self._bulk.popleft()
+            if idle and self._bulk and (acks_free or not self._bulk[0].qos):
+                bulk = self._bulk.popleft()
+                if bulk.topic in self._waiting_topics:
+                    self._waiting_topics.remove(bulk.topic)
+                    self._waiting_bytes -= _size(bulk)
+                return bulk
             return None
 
     def settled(self, *, refused: bool) -> None:
@@ -221,6 +241,10 @@ class SendQueue:
             self._pending -= 1
             self._lost += refused
             self._changed.notify_all()
+
+    def _append_bulk(self, job: Publish) -> None:
+        self._pending += 1
+        self._bulk.append(job)
 
     def _wait(
         self,

@@ -84,6 +84,32 @@ JSON: dict[str, messages.Wire] = {
         disk_free_mb=20000.0,
         temperature_c=61.5,
     ),
+    "telemetry_of_a_transfer": messages.Telemetry(
+        session=SESSION,
+        phase="delivering",
+        progress=0.75,
+        uptime_s=3660.0,
+        cpu_percent=12.5,
+        process_mb=412.0,
+        available_mb=900.0,
+        disk_free_mb=20000.0,
+        total=messages.Traffic(
+            sent_bytes=900_000,
+            received_bytes=2_500_000,
+            sent_payload_bytes=880_000,
+            received_payload_bytes=2_450_000,
+        ),
+        traffic=messages.RoundTraffic(
+            run=RUN,
+            round=2,
+            moved=messages.Traffic(
+                sent_bytes=190_000,
+                received_bytes=750_000,
+                sent_payload_bytes=188_000,
+                received_payload_bytes=745_000,
+            ),
+        ),
+    ),
     "aggregator_birth": messages.AggregatorState(state="online", session=SESSION, run=RUN, time=1750000000.0),
     "aggregator_death": messages.AggregatorState(state="offline", session=SESSION),
 }
