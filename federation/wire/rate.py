@@ -78,10 +78,13 @@ class TokenBucket:
 
     Args:
         rate: Bytes a second.
+
+    Attributes:
+        rate: The same.
     """
 
     def __init__(self, rate: float) -> None:
-        self._rate = rate
+        self.rate = rate
         self._most = rate * BURST_S
         self._balance = self._most
         self._as_of: float | None = None
@@ -89,11 +92,11 @@ class TokenBucket:
     def spend(self, size: int, now: float) -> None:
         """Pay for ``size`` bytes, also for such as nobody asked leave for."""
         if self._as_of is not None:
-            self._balance = min(self._most, self._balance + self._rate * max(0.0, now - self._as_of))
+            self._balance = min(self._most, self._balance + self.rate * max(0.0, now - self._as_of))
         self._as_of = now
         self._balance -= size
 
     def ready_at(self, now: float) -> float:
         """When the next message may go: ``now``, or later while what went before is being paid for."""
         self.spend(0, now)
-        return now + max(0.0, -self._balance) / self._rate
+        return now + max(0.0, -self._balance) / self.rate

@@ -21,9 +21,13 @@ from federation.wire.messages import (
     ObjectRef,
 )
 from federation.wire.pacing import MAX_RETRY_S, Outstanding
+from federation.wire.rate import TokenBucket
 
 _MIN_CHUNK_BYTES = 64
 _FIRST_OFFER_RETRY_S = 2.0
+
+PULL_BYTES = 128
+"""What MQTT adds to a chunk that is pulled: its topic, its headers, the acknowledgements of subscribing and leaving."""
 
 
 def check_cut(length: int, chunk_bytes: int) -> None:
@@ -148,12 +152,16 @@ class Download:
     the broker has lost do not hold up the others; a chunk with a wrong hash is not written and is waited for like
     a missing one. A re-seeding by the aggregator heals both.
 
+    Under a cap, a chunk is only asked for, the first time and again, once those before it are paid for. A chunk that
+    nobody has asked for yet is never overdue, so slow pacing is not taken for loss.
+
     Args:
         ref: The object, from a signed plan.
         have: Indices of the chunks that are already on disk.
         window_min: Topics subscribed at first, and at least.
         window_max: Topics subscribed at most.
         retry_s: Least time before a chunk is subscribed again, seconds.
+        cap: Of this device's bandwidth down, shared by all that it pulls; None for none.
 
     Attributes:
         total: Chunks of the object.
@@ -170,8 +178,15 @@ class Download:
         window_min: int = 8,
         window_max: int = 64,
         retry_s: float = 2.0,
+        cap: TokenBucket | None = None,
     ) -> None:
         self._ref = ref
+        self._cap = cap
+        self._paid_at: float | None = (
+            None  # when the cap lets the next chunk be asked for; None if it does now
+        )
+        if cap is not None:
+            retry_s = max(retry_s, 2 * ref.chunk_bytes / cap.rate)  # the link may be no faster than its cap
         self._asked = Outstanding(retry_s)
         self._waiting = dict.fromkeys(index for index in range(ref.chunks) if index not in have)
         self._missing = set(self._waiting)
@@ -228,7 +243,7 @@ class Download:
         """Ask again for what is overdue; call at :meth:`next_wakeup` or more often."""
         late = self._asked.expire(now)
         if not late:
-            return []
+            return self._refill(now) if self._paid_at is not None and now >= self._paid_at else []
         self._waiting.update(dict.fromkeys(late))
         commands = self._refill(now)
         # A topic that gave nothing leaves the window only where another takes its place.
@@ -245,22 +260,37 @@ class Download:
 
     def stop(self) -> list[DownloadCommand]:
         """End the download early: take back the subscriptions that are out."""
+        self._paid_at = None
         indices = (*self._arrived, *self._asked.interrupt())
         self._arrived = []
         return [Unsubscribe(indices)] if indices else []
 
     def next_wakeup(self) -> float | None:
         """When :meth:`tick` has something to do; None when nothing is outstanding."""
-        return self._asked.next_expiry()
+        times = (self._asked.next_expiry(), self._paid_at)
+        return min((time for time in times if time is not None), default=None)
 
     def _refill(self, now: float) -> list[DownloadCommand]:
         room = self.window - len(self._asked)
-        indices = tuple(self._waiting)[: max(0, room)]
+        indices = self._affordable(tuple(self._waiting)[: max(0, room)], now)
         for index in indices:
             del self._waiting[index]
         self._asked.ask(indices, now)
         subscribe: list[DownloadCommand] = [Subscribe(indices)] if indices else []
         return [*self._unsubscribe(), *subscribe]
+
+    def _affordable(self, indices: tuple[int, ...], now: float) -> tuple[int, ...]:
+        """As many of these chunks, from the first, as the cap lets be asked for now; they are paid for."""
+        self._paid_at = None
+        if self._cap is None:
+            return indices
+        for taken, index in enumerate(indices):
+            ready = self._cap.ready_at(now)
+            if ready > now:
+                self._paid_at = ready
+                return indices[:taken]
+            self._cap.spend(chunk_span(self._ref, index)[1] + PULL_BYTES, now)
+        return indices
 
     def _unsubscribe(self) -> list[DownloadCommand]:
         indices, self._arrived = tuple(self._arrived), []
