@@ -12,6 +12,7 @@ from federation.wire.transfer import (
     DownloadCommand,
     Finished,
     Subscribe,
+    Unsubscribe,
     Write,
     chunk_span,
     make_ref,
@@ -33,6 +34,7 @@ class Path:
         self.free_at = 0.0
         self.asked: list[tuple[float, int]] = []
         self.written: set[int] = set()
+        self.given_up: set[int] = set()
         self.finished_at: float | None = None
 
     def carry_out(self, commands: list[DownloadCommand], now: float) -> None:
@@ -43,6 +45,8 @@ class Path:
                         self.asked.append((now, index))
                         self.free_at = max(self.free_at, now) + chunk_span(self.ref, index)[1] / self.speed
                         heapq.heappush(self.on_their_way, (self.free_at + self.delay_s, index))
+                case Unsubscribe(indices):
+                    self.given_up |= {*indices} - self.written
                 case Write(index):
                     self.written.add(index)
                 case Finished():
@@ -93,6 +97,7 @@ def test_a_capped_download_asks_no_faster_and_takes_waiting_for_no_loss(
     path.check_cap()
     assert len(path.written) == chunks
     assert len(path.asked) == chunks, "a chunk was asked for again"
+    assert not path.given_up, "a chunk on its way was taken for lost"
     assert path.finished_at is not None
     least = (chunks * chunk_bytes) / cap
     assert path.finished_at <= least * (1 + PULL_BYTES / chunk_bytes) + chunk_bytes / cap + BURST_S
