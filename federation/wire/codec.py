@@ -168,7 +168,7 @@ def _encode_tensor(
 ) -> Coded:
     if array.dtype != np.float32:
         raise ConfigError(f"tensor {name!r} is {array.dtype}, only float32 is sent: exclude or convert it")
-    values = np.ascontiguousarray(array).reshape(-1)
+    values = np.ascontiguousarray(array).reshape(array.shape)  # ascontiguousarray makes a scalar a vector
     peak = max(float(values.max()), -float(values.min())) if values.size else 0.0
     if not peak <= MAX_MAGNITUDE:  # also true for NaN
         raise ConfigError(

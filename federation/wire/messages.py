@@ -22,6 +22,9 @@ MAX_CHUNK_BYTES = 16 * 1024 * 1024
 MAX_COHORT = 4096
 MAX_CREDIT = 64
 
+MAX_DELTAS = 64
+"""Versions that a plan may lead over."""
+
 STATE_INTERVAL_S = 300.0
 """How often the aggregator refreshes its retained state, seconds: no clock in it is older, by the aggregator's own."""
 
@@ -29,6 +32,9 @@ Name = Annotated[str, Meta(pattern=r"^[a-z0-9][a-z0-9_-]{0,62}\Z")]
 """A federation or an agent: it becomes an MQTT topic level, a broker user name and a file name."""
 
 Sha256 = Annotated[str, Meta(pattern=r"^[0-9a-f]{64}\Z")]
+Spec = Annotated[str, Meta(min_length=1, max_length=64)]
+"""An encoding and its parameter, such as ``sq:16`` (``federation.wire.encodings``)."""
+
 RunId = Annotated[str, Meta(pattern=r"^[0-9a-f]{16}\Z")]
 SessionId = Annotated[str, Meta(pattern=r"^[0-9a-f]{16}\Z")]
 RoundNumber = Annotated[int, Meta(ge=1, le=1_000_000)]
@@ -126,6 +132,35 @@ class TrainSpec(Wire, frozen=True):
     seed: Count = 0
 
 
+class FullModel(Wire, frozen=True):
+    """A version of the global model that an agent can start from with nothing at hand.
+
+    Attributes:
+        version: Its digest (``federation.wire.versions``).
+        object: A safetensors file.
+        seed: If set, the model that the task builds under this seed most likely is this version, so that nothing need
+            be sent. Not on every machine: check the digest, and fetch ``object`` if it differs.
+    """
+
+    version: Sha256
+    object: ObjectRef
+    seed: Count | None = None
+
+
+class ModelDelta(Wire, frozen=True):
+    """The step from one version of the global model to the next: ``next = base + decode(object)`` in float32.
+
+    Attributes:
+        base: Digest of the version that it starts from.
+        object: A frame (``federation.wire.codec``).
+        encoding: Of the frame.
+    """
+
+    base: Sha256
+    object: ObjectRef
+    encoding: Spec
+
+
 class RoundPlan(Wire, frozen=True, tag="round"):
     """The open round. Signed by the aggregator, retained.
 
@@ -135,8 +170,10 @@ class RoundPlan(Wire, frozen=True, tag="round"):
         attempt: Raised when a round is extended for lack of a quorum; updates of earlier attempts stay valid.
         task: What is learned.
         train: How.
-        base: The global model, a safetensors file.
-        encoding: Name of the update's encoding (``federation.wire.codec``).
+        base: Digest of the version of the global model that this round starts from.
+        full: A version to start from with nothing at hand: ``base``, or one that ``deltas`` lead on from.
+        deltas: The steps between consecutive versions, oldest first; the last one leads to ``base``.
+        up_encoding: Of the updates.
         cohort: The agents that take part, sorted.
         deadline_s: Seconds after ``issued_at`` at which the round closes.
         issued_at: Unix seconds by the aggregator's clock; informative, agents do not act on it.
@@ -148,12 +185,23 @@ class RoundPlan(Wire, frozen=True, tag="round"):
     attempt: Annotated[int, Meta(ge=1, le=1_000_000)]
     task: TaskSpec
     train: TrainSpec
-    base: ObjectRef
-    encoding: Annotated[str, Meta(min_length=1, max_length=64)]
+    base: Sha256
+    full: FullModel
+    deltas: Annotated[tuple[ModelDelta, ...], Meta(max_length=MAX_DELTAS)]
+    up_encoding: Spec
     cohort: Annotated[tuple[Name, ...], Meta(min_length=1, max_length=MAX_COHORT)]
     deadline_s: Positive
     issued_at: NonNegative
     upload_chunk_bytes: Annotated[int, Meta(ge=64, le=MAX_CHUNK_BYTES)]
+
+    def __post_init__(self) -> None:
+        versions = [*(delta.base for delta in self.deltas), self.base]
+        if len(set(versions)) != len(versions):
+            raise ValueError("the deltas lead in a circle")
+        if self.full.version not in versions:
+            raise ValueError(
+                f"nothing leads from the full model {self.full.version[:12]} to {self.base[:12]}"
+            )
 
 
 class IdlePlan(Wire, frozen=True, tag="idle"):
@@ -199,7 +247,7 @@ class UpdateOffer(Wire, frozen=True, tag="offer"):
     Attributes:
         run: As in the plan.
         round: As in the plan.
-        base: SHA-256 of the model that the delta is against.
+        base: Digest of the version that the delta is against.
         object: The encoded delta (``federation.wire.codec``).
         encoding: As in the plan.
         samples: Local training samples: the weight of the update.
@@ -210,7 +258,7 @@ class UpdateOffer(Wire, frozen=True, tag="offer"):
     round: RoundNumber
     base: Sha256
     object: ObjectRef
-    encoding: Annotated[str, Meta(min_length=1, max_length=64)]
+    encoding: Spec
     samples: Annotated[int, Meta(ge=1, le=2**40)]
     metrics: TrainMetrics
 
@@ -275,7 +323,7 @@ class Capabilities(Wire, frozen=True):
         threads: CPU threads that training may use.
         memory_mb: Main memory, MiB.
         samples: Local training samples.
-        encodings: Names of the update encodings that it can write.
+        encodings: Names of the encodings that it can write and read, without their parameters.
         platform: For people, e.g. ``Linux-6.6-aarch64``.
     """
 

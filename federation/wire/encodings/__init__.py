@@ -15,6 +15,7 @@ from federation.task.names import did_you_mean
 from federation.wire.encodings.grid import Int8
 from federation.wire.encodings.plain import Float16, Float32, Zero
 from federation.wire.encodings.protocol import Encoding, Scheme
+from federation.wire.encodings.sq import Sq
 
 __all__ = ["ENCODINGS", "RAW", "ZERO", "Encoding", "Family", "Scheme", "encoding_named"]
 
@@ -94,6 +95,15 @@ _FAMILIES: Final = (
     Family("float32", "the values themselves; 32 bits a value", Float32),
     Family("float16", "half precision with a scale; 16 bits a value", Float16),
     Family("int8", "stochastic rounding to 255 levels; 8 bits a value", Int8),
+    Family(
+        "sq",
+        "stochastic rounding to a grid of STEP times the RMS, entropy-coded; 0.3 bits a value at 16, 1.3 at 2",
+        Sq,
+        parameter="STEP",
+        least=0.5,
+        most=1024,
+        usual=16,
+    ),
 )
 
 ENCODINGS: Final[Mapping[str, Family]] = MappingProxyType({family.name: family for family in _FAMILIES})

@@ -9,6 +9,7 @@ from federation.errors import PeerError, Rejection
 from federation.wire.encodings.protocol import (
     BLOCK,
     SMALLEST_NORMAL,
+    Array,
     Coded,
     Parameters,
     Scheme,
@@ -44,8 +45,9 @@ class Int8:
         """One byte a value."""
         return count
 
-    def encode(self, values: Values, peak: float, rng: np.random.Generator) -> Coded:
+    def encode(self, array: Array, peak: float, rng: np.random.Generator) -> Coded:
         """Round stochastically."""
+        values = array.reshape(-1)
         step = max(np.float32(peak / self.levels), np.float32(SMALLEST_NORMAL))
         if float(step) * self.levels < peak:  # rounded down: the largest value would leave the grid
             step = np.nextafter(step, np.float32(np.inf))
@@ -73,6 +75,9 @@ class Int8:
         if int(codes.min()) < -self.levels:
             raise PeerError(Rejection.MALFORMED, "the code -128 is not on the grid")
         return codes, step
+
+
+INT8: Final = Int8()
 
 
 def round_stochastically(scaled: Values, rng: np.random.Generator) -> NDArray[np.int32]:

@@ -7,6 +7,7 @@ import numpy as np
 from federation.wire.encodings.protocol import (
     BLOCK,
     SMALLEST_NORMAL,
+    Array,
     Coded,
     Parameters,
     Scheme,
@@ -45,9 +46,9 @@ class Float32:
         """Four bytes a value."""
         return 4 * count
 
-    def encode(self, values: Values, peak: float, rng: np.random.Generator) -> Coded:  # noqa: ARG002
+    def encode(self, array: Array, peak: float, rng: np.random.Generator) -> Coded:  # noqa: ARG002
         """Give the values as they are."""
-        return Coded(self.name, (), values.data.cast("B"))
+        return Coded(self.name, (), array.reshape(-1).data.cast("B"))
 
     def decode_into(self, blob: memoryview, parameters: Parameters, out: Values) -> None:  # noqa: ARG002
         """Copy, and refuse NaN and infinity."""
@@ -77,8 +78,9 @@ class Float16:
         """Two bytes a value."""
         return 2 * count
 
-    def encode(self, values: Values, peak: float, rng: np.random.Generator) -> Coded:  # noqa: ARG002
+    def encode(self, array: Array, peak: float, rng: np.random.Generator) -> Coded:  # noqa: ARG002
         """Shift and round to nearest."""
+        values = array.reshape(-1)
         scale = max(ldexp(1.0, frexp(peak)[1] - 15), SMALLEST_NORMAL)
         shift = np.float32(1.0 / scale)
         halves = np.empty(values.size, dtype="<f2")

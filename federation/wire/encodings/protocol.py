@@ -12,6 +12,9 @@ from numpy.typing import NDArray
 
 from federation.errors import PeerError, Rejection
 
+Array: TypeAlias = NDArray[np.float32]
+"""One tensor, C-contiguous, any shape."""
+
 Values: TypeAlias = NDArray[np.float32]
 """Flat, shape ``(n,)``."""
 
@@ -90,11 +93,11 @@ class Encoding(Protocol):
     @property
     def schemes(self) -> tuple[Scheme, ...]: ...  # noqa: D102
 
-    def encode(self, values: Values, peak: float, rng: np.random.Generator) -> Coded:
+    def encode(self, array: Array, peak: float, rng: np.random.Generator) -> Coded:
         """Encode finite values.
 
         Args:
-            values: Flat float32, not empty, not all zero.
+            array: One tensor, C-contiguous, not empty, not all zero.
             peak: Their largest magnitude.
             rng: For stochastic rounding and rotations.
 
