@@ -14,6 +14,7 @@ from typing import TypeVar
 import structlog
 
 from edge_agent.fetching import ModelCache
+from edge_agent.metering import RoundMeter, UploadShare
 from edge_agent.outbox import Outbox
 from edge_agent.progress import Progress, read_progress, write_progress
 from edge_agent.session import (
@@ -26,6 +27,7 @@ from edge_agent.session import (
     ForgetUpdate,
     IgnorePlan,
     LinkUp,
+    Phase,
     PlanArrived,
     ReceiptArrived,
     Remember,
@@ -48,6 +50,7 @@ from federation.errors import (
     TransportError,
     VerificationError,
 )
+from federation.logs import Sparingly
 from federation.wire.link import (
     Connected,
     Disconnected,
@@ -73,6 +76,7 @@ from federation.wire.messages import (
     decode_msgpack,
     encode_json,
 )
+from federation.wire.rate import TokenBucket, upload_chunk_bytes
 from federation.wire.signing import AGGREGATOR, Purpose, private_key, public_key, seal, unseal
 from federation.wire.topics import AgentTopic, Topics
 
@@ -93,12 +97,14 @@ class Options:
         telemetry_s: Seconds between health reports; 0 sends none.
         give_up_after_s: Seconds after which the first connect fails for good; 0 tries for ever.
         plugins: Plug-in models (``package.module:factory``) that a plan may name.
+        max_rate: Cap on the bandwidth of each direction, bytes a second (:mod:`federation.wire.rate`); None for none.
     """
 
     state_dir: Path
     telemetry_s: float = 60.0
     give_up_after_s: float = 0.0
     plugins: frozenset[str] = frozenset()
+    max_rate: float | None = None
 
 
 class Agent:
@@ -139,15 +145,22 @@ class Agent:
             f"{bundle.federation}-{self._name}-{self._session_id}",
             on_event=self._inbox.put,
             will=Will(self._topics.state(self._name), self._death),
+            max_rate=options.max_rate,
         )
+        self._down_cap = None if options.max_rate is None else TokenBucket(options.max_rate)
         self._cache = ModelCache(
             options.state_dir / "objects",
             self._link,
             self._topics,
             lambda sha256: self._inbox.post(BaseReady(sha256)),
+            self._down_cap,
         )
         self._outbox = Outbox(
-            options.state_dir / "outbox", federation=bundle.federation, agent=self._name, key=self._key
+            options.state_dir / "outbox",
+            federation=bundle.federation,
+            agent=self._name,
+            key=self._key,
+            preferred_chunk_bytes=None if options.max_rate is None else upload_chunk_bytes(options.max_rate),
         )
         self._worker = Worker(
             trainer, self._outbox, agent=self._name, plugins=options.plugins, post=self._inbox.post
@@ -162,6 +175,7 @@ class Agent:
         )
         self._health = Health(self._session_id, options.state_dir)
         self._health_due = time.monotonic()
+        self._meter, self._upload, self._telling = RoundMeter(), UploadShare(), Sparingly()
         self._stopping = False
         self._ever_connected = False
 
@@ -208,11 +222,18 @@ class Agent:
         wakeup = self._health_wakeup()
         if wakeup is not None and now >= wakeup:
             self._health_due = now + self._options.telemetry_s
-            report = self._health.report(self._session.phase.value)
-            self._link.publish(self._topics.telemetry(self._name), encode_json(report), qos=0)
+            self._report()
 
     def _health_wakeup(self) -> float | None:
         return self._health_due if self._options.telemetry_s and self._link.connected else None
+
+    def _report(self) -> None:
+        phase = self._session.phase
+        share = self._upload.share if phase is Phase.DELIVERING else self._cache.share
+        report = self._health.report(
+            phase.value, progress=share, total=self._link.traffic, traffic=self._meter.last
+        )
+        self._link.publish(self._topics.telemetry(self._name), encode_json(report), qos=0)
 
     def _take(self, item: object, now: float) -> None:
         match item:
@@ -249,6 +270,8 @@ class Agent:
         if chunk is not None:
             self._fetching(lambda: self._cache.chunk(*chunk, message.payload, now), now)
             return
+        if self._down_cap is not None:
+            self._down_cap.spend(len(message.topic) + len(message.payload), now)  # it came unasked; pull less
         try:
             event = self._read(message)
             if event is not None:
@@ -301,6 +324,10 @@ class Agent:
     def _feed(self, event: Event, now: float) -> None:
         for command in self._session.handle(event, now):
             self._carry_out(command, now)
+        plan = self._session.plan
+        here = None if plan is None else (plan.run, plan.round)
+        if self._meter.observe(here, self._link.traffic) and self._options.telemetry_s:
+            self._report()
 
     def _carry_out(self, command: Command, now: float) -> None:
         match command:
@@ -308,6 +335,7 @@ class Agent:
                 self._fetching(lambda: self._cache.fetch(ref, now), now)
             case Train(plan):
                 base = self._cache.path(plan.base.sha256)
+                self._upload = UploadShare()
                 self._worker.start(plan, base, self._link.limits.largest_chunk)
             case Abandon(reason):
                 log.info("round_abandoned", reason=reason)
@@ -316,7 +344,7 @@ class Agent:
             case SendOffer(unanswered):
                 self._send_offer(unanswered)
             case SendChunks(offer, indices):
-                self._send_chunks(offer, indices)
+                self._send_chunks(offer, indices, now)
             case SendDecline(run, number, reason):
                 log.error("round_declined", round=number, reason=reason)
                 self._send_signed(Decline(run=run, round=number, reason=reason[:1000]))
@@ -358,14 +386,20 @@ class Agent:
             )
         self._publish(self._topics.offer(self._name), self._outbox.sealed_offer(), qos=1)
 
-    def _send_chunks(self, offer: UpdateOffer, indices: tuple[int, ...]) -> None:
+    def _send_chunks(self, offer: UpdateOffer, indices: tuple[int, ...], now: float) -> None:
+        if self._upload.begin(offer.object):
+            self._telling.restart()
+        self._upload.ask(indices)
+        if self._telling.due(now):
+            log.info("update_sending", round=offer.round, asked=self._upload.asked, total=self._upload.total)
         for index in indices:
             try:
                 payload = self._outbox.chunk(offer, index)
             except (ConfigError, VerificationError) as error:  # the disk has lost it: train again, and stay
-                self._feed(WorkFailed(offer.run, offer.round, str(error)), time.monotonic())
+                self._feed(WorkFailed(offer.run, offer.round, str(error)), now)
                 return
-            self._publish(self._topics.upload_chunk(self._name, offer.object.sha256, index), payload, qos=0)
+            topic = self._topics.upload_chunk(self._name, offer.object.sha256, index)
+            self._publish(topic, payload, qos=0, yielding=True)
 
     def _send_signed(self, message: Decline) -> None:
         sealed = seal(
@@ -377,10 +411,10 @@ class Agent:
         )
         self._publish(self._topics.offer(self._name), sealed, qos=1)
 
-    def _publish(self, topic: str, payload: bytes, *, qos: int) -> None:
+    def _publish(self, topic: str, payload: bytes, *, qos: int, yielding: bool = False) -> None:
         try:
             # Unsent while offline: it is offered again after the connect.
-            self._link.publish(topic, payload, qos=qos)
+            self._link.publish(topic, payload, qos=qos, yielding=yielding)
         except TransportError as error:
             log.error("send_failed", topic=topic, reason=str(error))
 

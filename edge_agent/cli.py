@@ -55,6 +55,13 @@ def run_agent(
     telemetry_s: Annotated[
         float, typer.Option("--telemetry", min=0, help="Seconds between health reports; 0 is none.")
     ] = 60,
+    max_rate: Annotated[
+        str | None,
+        typer.Option(
+            "--max-rate",
+            help="Most bandwidth to use in each direction, in bits a second: 256kbit, 1.5mbit; default no cap.",
+        ),
+    ] = None,
     give_up_after_s: Annotated[
         float,
         typer.Option(
@@ -74,8 +81,10 @@ def run_agent(
     from edge_agent.training import TorchTrainer
     from federation.bundle import read_bundle
     from federation.task.data import task_from_data
+    from federation.wire.rate import parse_rate
 
     configure(level=log_level, form=log_format)
+    cap = None if max_rate is None else parse_rate(max_rate)
     identity = read_bundle(bundle)
     trainer = TorchTrainer(
         data,
@@ -92,6 +101,7 @@ def run_agent(
         telemetry_s=telemetry_s,
         give_up_after_s=give_up_after_s,
         plugins=frozenset(allow_model or ()),
+        max_rate=cap,
     )
     agent = Agent(identity, able, trainer, options)
     for number in (signal.SIGTERM, signal.SIGINT):

@@ -5,9 +5,11 @@ from pathlib import Path
 
 import structlog
 
+from federation.logs import Sparingly
 from federation.wire.link import LinkLike
 from federation.wire.messages import ObjectRef
 from federation.wire.objects import PartialObject, ref_of_file
+from federation.wire.rate import TokenBucket
 from federation.wire.topics import Topics
 from federation.wire.transfer import Download, DownloadCommand, Finished, Subscribe, Unsubscribe, Write
 
@@ -22,13 +24,23 @@ class ModelCache:
         link: To subscribe on.
         topics: Of the federation.
         on_ready: Called with the hash when a model is on disk.
+        cap: Of this device's bandwidth down; None for none.
     """
 
-    def __init__(self, folder: Path, link: LinkLike, topics: Topics, on_ready: Callable[[str], None]) -> None:
+    def __init__(
+        self,
+        folder: Path,
+        link: LinkLike,
+        topics: Topics,
+        on_ready: Callable[[str], None],
+        cap: TokenBucket | None = None,
+    ) -> None:
         folder.mkdir(parents=True, exist_ok=True)
         self._folder, self._link, self._topics, self._on_ready = folder, link, topics, on_ready
+        self._cap = cap
         self._download: Download | None = None
         self._partial: PartialObject | None = None
+        self._telling = Sparingly()
 
     def path(self, sha256: str) -> Path:
         """Where a model lies once it is complete."""
@@ -50,7 +62,8 @@ class ModelCache:
             self._on_ready(ref.sha256)
             return
         self._partial = PartialObject(self._part(ref), ref)
-        self._download = Download(ref, self._partial.have)
+        self._download = Download(ref, self._partial.have, cap=self._cap)
+        self._telling.restart()
         self._carry_out(self._download.start(now))
 
     def abandon(self) -> None:
@@ -69,7 +82,12 @@ class ModelCache:
             PeerError: ``wrong_hash`` if the model is complete and is not what the plan promised.
         """
         if self._download is not None and self._partial is not None and self._partial.ref.sha256 == sha256:
-            self._carry_out(self._download.chunk(index, payload, now))
+            download = self._download
+            self._carry_out(download.chunk(index, payload, now))
+            if self._telling.due(now) and not download.finished:
+                log.info(
+                    "model_fetching", object=sha256[:12], received=download.received, total=download.total
+                )
 
     def tick(self, now: float) -> None:
         """Ask again for what has not come."""
@@ -84,6 +102,11 @@ class ModelCache:
     def next_wakeup(self) -> float | None:
         """When :meth:`tick` is due, monotonic seconds."""
         return None if self._download is None else self._download.next_wakeup()
+
+    @property
+    def share(self) -> float | None:
+        """How much of the model is here, 0-1; None when none is being fetched."""
+        return None if self._download is None else self._download.received / self._download.total
 
     def _part(self, ref: ObjectRef) -> Path:
         return self._folder / f"{ref.sha256}.part"

@@ -19,7 +19,7 @@ from federation.wire.codec import encode
 from federation.wire.messages import RoundPlan, TrainMetrics, UpdateOffer
 from federation.wire.objects import read_chunk
 from federation.wire.signing import Purpose, seal, unseal
-from federation.wire.transfer import make_ref
+from federation.wire.transfer import cut_size, make_ref
 
 
 class Outbox:
@@ -30,14 +30,24 @@ class Outbox:
         federation: Goes into the signature.
         agent: Who signs.
         key: With which.
+        preferred_chunk_bytes: Chunks that suit a slow link; None for as large as may be.
     """
 
-    def __init__(self, folder: Path, *, federation: str, agent: str, key: Ed25519PrivateKey) -> None:
+    def __init__(
+        self,
+        folder: Path,
+        *,
+        federation: str,
+        agent: str,
+        key: Ed25519PrivateKey,
+        preferred_chunk_bytes: int | None = None,
+    ) -> None:
         folder.mkdir(parents=True, exist_ok=True)
         self._update, self._offer = folder / "update", folder / "offer"
         for leftover in folder.glob(".*"):  # power loss in the middle of a write
             leftover.unlink()
         self._federation, self._agent, self._key = federation, agent, key
+        self._preferred_chunk_bytes = preferred_chunk_bytes
 
     def put(
         self,
@@ -57,7 +67,7 @@ class Outbox:
             samples: Its weight.
             metrics: Of the training.
             rng: Drives stochastic rounding.
-            chunk_bytes: Into which it is cut.
+            chunk_bytes: The largest into which it may be cut.
 
         Returns:
             The offer that was signed.
@@ -71,7 +81,7 @@ class Outbox:
             run=plan.run,
             round=plan.round,
             base=plan.base.sha256,
-            object=make_ref(data, chunk_bytes),
+            object=make_ref(data, cut_size(len(data), chunk_bytes, self._preferred_chunk_bytes)),
             encoding=plan.encoding,
             samples=samples,
             metrics=metrics,

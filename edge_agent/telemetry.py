@@ -9,7 +9,7 @@ import psutil
 
 from federation import __version__
 from federation.wire.encodings import ENCODINGS
-from federation.wire.messages import Capabilities, Telemetry
+from federation.wire.messages import Capabilities, RoundTraffic, Telemetry, Traffic
 
 _MIB = 1 << 20
 
@@ -47,11 +47,16 @@ class Health:
         self._began = time.monotonic()
         psutil.cpu_percent()  # the first call only sets the starting point
 
-    def report(self, phase: str) -> Telemetry:
+    def report(
+        self, phase: str, *, progress: float | None, total: Traffic, traffic: RoundTraffic | None
+    ) -> Telemetry:
         """Measure now.
 
         Args:
             phase: What the agent is doing.
+            progress: How much of a transfer is done, 0-1.
+            total: The counters of its link.
+            traffic: Of the last round.
         """
         return Telemetry(
             session=self._session,
@@ -62,6 +67,9 @@ class Health:
             available_mb=round(psutil.virtual_memory().available / _MIB, 1),
             disk_free_mb=round(shutil.disk_usage(self._state_dir).free / _MIB, 1),
             temperature_c=hottest_c(),
+            progress=None if progress is None else round(progress, 3),
+            total=total,
+            traffic=traffic,
         )
 
 

@@ -8,6 +8,9 @@ from federation.errors import ConfigError
 
 LogFormat = Literal["auto", "console", "json"]
 
+PROGRESS_LOG_S = 10.0
+"""Between two lines that say how far a transfer is. One that is over sooner says so once, at its end."""
+
 LEVELS = ("debug", "info", "warning", "error")
 
 
@@ -44,3 +47,28 @@ def configure(*, level: str = "info", form: LogFormat = "auto") -> None:
         logger_factory=structlog.PrintLoggerFactory(sys.stderr),
         cache_logger_on_first_use=False,
     )
+
+
+class Sparingly:
+    """Says when something that happens often may be told again: not before ``interval_s`` seconds, nor at first.
+
+    Args:
+        interval_s: Seconds between two lines.
+    """
+
+    def __init__(self, interval_s: float = PROGRESS_LOG_S) -> None:
+        self._interval_s = interval_s
+        self._last: float | None = None
+
+    def restart(self) -> None:
+        """Something new begins."""
+        self._last = None
+
+    def due(self, now: float) -> bool:
+        """Whether to tell it now (monotonic seconds); if so, the next time is an interval away."""
+        if self._last is None:
+            self._last = now
+        if now < self._last + self._interval_s:
+            return False
+        self._last = now
+        return True

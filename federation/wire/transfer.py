@@ -54,6 +54,17 @@ def check_cut(length: int, chunk_bytes: int) -> None:
         )
 
 
+def cut_size(length: int, largest: int, preferred: int | None = None) -> int:
+    """Into chunks of how many bytes to cut an object of ``length`` bytes.
+
+    Args:
+        length: Bytes of the object.
+        largest: What the way to its receiver takes.
+        preferred: A smaller size that would suit the sender; followed unless it makes more than ``MAX_CHUNKS`` chunks.
+    """
+    return largest if preferred is None else min(largest, max(preferred, -(-length // MAX_CHUNKS)))
+
+
 def ref_of_chunks(chunks: Iterable[bytes | memoryview], length: int, chunk_bytes: int) -> ObjectRef:
     """Hash an object that comes in chunks, holding one at a time.
 
@@ -368,6 +379,7 @@ __all__ = [
     "check_chunk",
     "check_cut",
     "chunk_span",
+    "cut_size",
     "make_ref",
     "ref_of_chunks",
 ]
