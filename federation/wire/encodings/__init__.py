@@ -12,9 +12,10 @@ from typing import Final
 
 from federation.errors import ConfigError
 from federation.task.names import did_you_mean
-from federation.wire.encodings.grid import Int8
+from federation.wire.encodings.grid import Int4, Int8
 from federation.wire.encodings.plain import Float16, Float32, Zero
 from federation.wire.encodings.protocol import Encoding, Scheme
+from federation.wire.encodings.rotated import Rotated1, Rotated2, Ternary
 from federation.wire.encodings.sq import Sq
 
 __all__ = ["ENCODINGS", "RAW", "ZERO", "Encoding", "Family", "Scheme", "encoding_named"]
@@ -95,6 +96,18 @@ _FAMILIES: Final = (
     Family("float32", "the values themselves; 32 bits a value", Float32),
     Family("float16", "half precision with a scale; 16 bits a value", Float16),
     Family("int8", "stochastic rounding to 255 levels; 8 bits a value", Int8),
+    Family("int4", "stochastic rounding to 15 levels, a step for each 128 values; 4.1 bits a value", Int4),
+    Family("rotated1", "EDEN: random rotation, one bit a value", Rotated1),
+    Family("rotated2", "EDEN: random rotation, two bits a value", Rotated2),
+    Family(
+        "ternary",
+        "EDEN below one bit: signs of the largest SHARE of the rotated values; 0.09 bits a value at 0.01",
+        Ternary,
+        parameter="SHARE",
+        least=0.0005,
+        most=0.2,
+        usual=0.01,
+    ),
     Family(
         "sq",
         "stochastic rounding to a grid of STEP times the RMS, entropy-coded; 0.3 bits a value at 16, 1.3 at 2",

@@ -24,6 +24,9 @@ Parameters: TypeAlias = tuple[float, ...]
 SMALLEST_NORMAL: Final = float(np.finfo(np.float32).tiny)
 LARGEST: Final = float(np.finfo(np.float32).max)
 
+SMALLEST_PEAK: Final = 2.0**-100
+"""By no less is divided to bring values into [-1, 1]: the reciprocal stays finite, and squares do not vanish."""
+
 BLOCK: Final = 1 << 16
 """Values encoded or decoded at a time: the temporaries of a block stay in a small device's second-level cache."""
 

@@ -12,6 +12,7 @@ from federation.wire.encodings.grid import INT8, round_stochastically
 from federation.wire.encodings.protocol import (
     BLOCK,
     SMALLEST_NORMAL,
+    SMALLEST_PEAK,
     Array,
     Coded,
     Parameters,
@@ -110,8 +111,7 @@ class Sq:
 
     def encode(self, array: Array, peak: float, rng: np.random.Generator) -> Coded:
         """Round to the grid and code the gaps, unless ``int8`` is not longer."""
-        fine = array.ndim < 2  # noqa: PLR2004 - vectors: few values, and each of them matters to all of a channel
-        if not fine:
+        if not INT8.suits(array):
             blob = self._encode(array.reshape(-1), peak, rng)
             if len(blob) <= SQ.max_bytes(array.size):
                 return Coded(SQ.name, (), blob)
@@ -136,13 +136,14 @@ class Sq:
 
 
 def _rms(values: Values, peak: float) -> float:
+    whole = max(peak, SMALLEST_PEAK)
     total = 0.0
     for at in range(
         0, values.size, BLOCK
     ):  # in units of the peak: nothing overflows, and blocks add up in float64
-        block = values[at : at + BLOCK] * np.float32(1 / peak)
+        block = values[at : at + BLOCK] * np.float32(1 / whole)
         total += float(np.dot(block, block))
-    return peak * float(np.sqrt(total / values.size))
+    return whole * float(np.sqrt(total / values.size))
 
 
 SQ: Final = SqScheme()
