@@ -34,6 +34,11 @@ CREATE TABLE IF NOT EXISTS agents (
 CREATE TABLE IF NOT EXISTS refusals (
     id INTEGER PRIMARY KEY, round INTEGER NOT NULL, agent TEXT NOT NULL, code TEXT NOT NULL, detail TEXT NOT NULL, at REAL NOT NULL
 ) STRICT;
+CREATE TABLE IF NOT EXISTS traffic (
+    round INTEGER NOT NULL, agent TEXT NOT NULL, sent_bytes INTEGER NOT NULL, received_bytes INTEGER NOT NULL,
+    sent_payload_bytes INTEGER NOT NULL, received_payload_bytes INTEGER NOT NULL, PRIMARY KEY (round, agent)
+) STRICT;
+CREATE TABLE IF NOT EXISTS uploads (agent TEXT PRIMARY KEY, received INTEGER NOT NULL, total INTEGER NOT NULL) STRICT;
 CREATE INDEX IF NOT EXISTS refusals_by_code ON refusals (code);
 """
 
@@ -170,6 +175,9 @@ class Database:
             db.execute("UPDATE meta SET value = ? WHERE key = 'run'", (run,))
             db.execute(
                 "DELETE FROM updates WHERE round IN (SELECT round FROM rounds WHERE phase != 'closed')"
+            )
+            db.execute(
+                "DELETE FROM traffic WHERE round IN (SELECT round FROM rounds WHERE phase != 'closed')"
             )
             db.execute("DELETE FROM rounds WHERE phase != 'closed'")
         self.run = run

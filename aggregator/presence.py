@@ -6,9 +6,10 @@ import structlog
 
 from aggregator.rounds import AgentOffline, AgentOnline, Event
 from aggregator.store import Store
+from aggregator.traffic import TrafficLog
 from federation.errors import PeerError
 from federation.wire.encodings import encoding_named
-from federation.wire.messages import AgentState, Telemetry, decode_json
+from federation.wire.messages import AgentState, RoundTraffic, Telemetry, decode_json
 
 log = structlog.get_logger()
 
@@ -38,6 +39,8 @@ class Presence:
         self._family = encoding_named(encoding).name
         self._sessions: dict[str, str] = {}
         self._reported_at: dict[str, float] = {}
+        self._accounted: dict[str, RoundTraffic] = {}
+        self._traffic = TrafficLog(store)
 
     def state(self, agent: str, payload: bytes) -> list[Event]:
         """Take a birth or a death (JSON of :class:`AgentState`).
@@ -87,17 +90,34 @@ class Presence:
 
     def telemetry(self, agent: str, payload: bytes, now: float) -> None:
         """Take a health report (JSON of :class:`Telemetry`) of an agent that is online."""
-        last = self._reported_at.get(agent)
-        if last is not None and now < last + TELEMETRY_INTERVAL_S:
-            return
         try:
             telemetry = decode_json(payload, Telemetry)
         except PeerError as error:
             log.debug("telemetry_refused", agent=agent, detail=error.detail)
             return
-        if self._sessions.get(agent) == telemetry.session:
+        if self._sessions.get(agent) != telemetry.session:
+            return
+        last = self._reported_at.get(agent)
+        if last is None or now >= last + TELEMETRY_INTERVAL_S:
             self._store.record_telemetry(agent, telemetry)
             self._reported_at[agent] = now
+        elif telemetry.traffic is None or telemetry.traffic.round <= self._accounted_round(agent):
+            return
+        self._account(agent, telemetry.traffic)
+
+    def _accounted_round(self, agent: str) -> int:
+        known = self._accounted.get(agent)
+        return 0 if known is None else known.round
+
+    def _account(self, agent: str, traffic: RoundTraffic | None) -> None:
+        """Keep what a round has cost an agent: agents repeat it, since a report may be lost."""
+        if traffic is None or traffic == self._accounted.get(agent) or traffic.run != self._store.run:
+            return
+        if traffic.round > self._store.newest_round():
+            log.debug("traffic_ignored", agent=agent, round=traffic.round, reason="no such round")
+            return
+        self._accounted[agent] = traffic
+        self._traffic.record(traffic.round, agent, traffic.moved)
 
     def _forget(self, agent: str) -> None:
         del self._sessions[agent]

@@ -12,6 +12,7 @@ from aggregator.folding import keep_update
 from aggregator.rounds import AgentOut, Event, UpdateStored
 from aggregator.store import Store
 from federation.errors import PeerError, Rejection, TransportError
+from federation.wire.credit import Progress
 from federation.wire.link import LinkLike
 from federation.wire.messages import Credit, Decline, Receipt, UpdateOffer, encode_msgpack
 from federation.wire.objects import PartialObject
@@ -97,6 +98,10 @@ class Reception:
             self._state = replace(self._state, open=False)
         for agent in list(self._uploads):
             self._drop(agent)
+
+    def progress(self) -> list[Progress]:
+        """How far the uploads are."""
+        return self._credits.progress()
 
     def next_wakeup(self) -> float | None:
         """When :meth:`tick` is due, monotonic seconds."""

@@ -31,12 +31,16 @@ from aggregator.rounds import (
     RoundRecord,
     Rounds,
     Tick,
+    UpdateStored,
     Wait,
 )
+from aggregator.rounds import Fold as FoldCommand
 from aggregator.rounds import OpenRound as OpenCommand
-from aggregator.seeding import OBJECTS_KEPT, Seeder
+from aggregator.seeding import Seeder
 from aggregator.store import Store
 from aggregator.strategies import FedAvg
+from aggregator.traffic import TrafficLog, Watch
+from aggregator.versions import Versions
 from federation.errors import Rejection
 from federation.task.checkpoint import CheckpointInfo, read_checkpoint
 from federation.task.model_card import HoldOutMetrics
@@ -139,9 +143,9 @@ class Service:
             on_gone=self._reception.gone,
         )
         self._seeder = Seeder(
-            self._link, self._topics, store, lambda sha256: self._inbox.post(_ModelPresent(sha256))
+            self._link, self._topics, store, lambda version: self._inbox.post(_ModelPresent(version))
         )
-        self._base: tuple[Path, ObjectRef] | None = None
+        self._watch = Watch(TrafficLog(store), self._link, self._reception.progress)
         self._evaluator: Evaluator | None = None
         self._stopping = False
         past = store.rounds()
@@ -183,7 +187,9 @@ class Service:
         finally:
             self._seeder.stop()
             self._executor.shutdown(cancel_futures=True)
+            self._folder.shutdown(cancel_futures=True)
             self._link.stop(self._announced.last_words())
+            self._watch.closed()
 
     def stop(self) -> None:
         """Make :meth:`run` say goodbye and return. From any thread, or from a signal handler."""
@@ -220,6 +226,7 @@ class Service:
         now = time.monotonic()
         due = [
             self._announced.due,
+            self._watch.due,
             *(at for at in (self._rounds.next_wakeup(), self._reception.next_wakeup()) if at is not None),
         ]
         item = self._inbox.get(max(0.0, min(due) - now))
@@ -231,6 +238,8 @@ class Service:
             self._feed([Tick()], now)
         if now >= self._announced.due:
             self._announced.refresh(self._link, now)
+        if now >= self._watch.due:
+            self._watch.look(now)
 
     def _feed(self, events: list[Event], now: float) -> None:
         for event in events:
@@ -268,7 +277,8 @@ class Service:
             self._store.record_refusal(
                 number, agent, Rejection.WRONG_HASH, "damaged on the aggregator's disk"
             )
-        self._store.close_round(number, result.seconds)
+        self._store.close_round(number, result.seconds, result.version)
+        self._watch.closed()
         log.info("round_closed", round=number, fold_s=round(result.seconds, 3))
         return [*self._presence.revoked(), Folded()]
 
@@ -353,16 +363,19 @@ class Service:
                 run=plan.run,
                 round=plan.round,
                 open=True,
-                base=base.sha256,
+                base=plan.base,
                 cohort=frozenset(plan.cohort),
-                encoding=plan.encoding,
+                encoding=plan.up_encoding,
                 upload_chunk_bytes=plan.upload_chunk_bytes,
-                schema=self._schema,
-                accepted={agent: update.sha256 for agent, update in self._store.updates(plan.round).items()},
+                schema=self._model_schema(),
+                accepted={agent: update.sha256 for agent, update in accepted.items()},
             )
         )
+        for agent in accepted:  # by an earlier process; those of an earlier attempt have been added
+            self._add(plan.round, agent)
+        self._watch.opened(plan.round)
         self._announced.hold(plan)
-        self._seeder.want(path, base)
+        self._seeder.want(plan.base, offered.objects)
         if command.attempt == 1:
             log.info(
                 "round_opened", round=plan.round, cohort=len(plan.cohort), deadline_s=round(plan.deadline_s)

@@ -1,6 +1,7 @@
 """What happened, read from the store: for a person or a program, beside a running server or after it."""
 
 import time
+from functools import reduce
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +11,9 @@ from rich.table import Table
 from rich.text import Text
 
 from aggregator.store import Store
+from aggregator.traffic import StoredTraffic, TrafficLog
+from federation.wire.messages import Traffic
+from federation.wire.signing import AGGREGATOR
 
 ROUNDS_SHOWN = 12
 REFUSALS_SHOWN = 8
@@ -33,6 +37,8 @@ class RoundStatus(msgspec.Struct, frozen=True):
         accuracy: Hold-out top-1, in [0, 1].
         evaluate_s: Evaluation, seconds.
         waiting_for: Members of the open round's cohort that have not delivered.
+        agents_moved: What the agents say that the round has cost them on the wire, summed over those that have said it.
+        server_moved: What the aggregator has moved itself while the round was open.
     """
 
     round: int
@@ -48,6 +54,8 @@ class RoundStatus(msgspec.Struct, frozen=True):
     accuracy: float | None
     evaluate_s: float | None
     waiting_for: list[str]
+    agents_moved: Traffic = Traffic()
+    server_moved: Traffic = Traffic()
 
 
 class Report(msgspec.Struct, frozen=True):
@@ -81,6 +89,14 @@ def collect(folder: Path) -> Report:
         ConfigError: If the folder is not a state folder.
     """
     with Store(folder) as store:
+        traffic = TrafficLog(store)
+        of_round: dict[tuple[int, bool], Traffic] = {}
+        of_agent: dict[str, list[StoredTraffic]] = {}
+        for entry in traffic.read():
+            key = entry.round, entry.agent == AGGREGATOR
+            of_round[key] = of_round.get(key, Traffic()).plus(entry.moved)
+            of_agent.setdefault(entry.agent, []).append(entry)
+        uploads = {upload.agent: upload for upload in traffic.uploads()}
         rounds = []
         for row in store.rounds():
             updates = store.updates(row.round)
@@ -99,6 +115,8 @@ def collect(folder: Path) -> Report:
                     accuracy=row.accuracy,
                     evaluate_s=row.evaluate_s,
                     waiting_for=[] if row.phase == "closed" else sorted(set(row.cohort) - set(updates)),
+                    agents_moved=of_round.get((row.round, False), Traffic()),
+                    server_moved=of_round.get((row.round, True), Traffic()),
                 )
             )
         agents = [
@@ -108,6 +126,8 @@ def collect(folder: Path) -> Report:
                 "changed_at": agent.changed_at,
                 "capabilities": msgspec.to_builtins(agent.capabilities),
                 "telemetry": msgspec.to_builtins(agent.telemetry),
+                "upload": msgspec.to_builtins(uploads.get(agent.agent)),
+                **_account(of_agent.get(agent.agent, [])),
             }
             for agent in store.agents()
         ]
@@ -143,6 +163,7 @@ def rounds_table(rounds: list[RoundStatus]) -> Table:
         "seconds",
         "training s",
         "KB up",
+        "wire KB up/down",
         "loss",
         "accuracy",
         box=None,
@@ -160,6 +181,7 @@ def rounds_table(rounds: list[RoundStatus]) -> Table:
             _number(row.seconds, ".1f"),
             _number(row.train_s or None, ".1f"),
             f"{row.bytes_up / 1000:,.0f}",
+            _both(row.agents_moved, 1e3, ",.0f"),
             _number(row.loss, ".4f"),
             _number(row.accuracy, ".2%"),
         )
@@ -177,12 +199,15 @@ def agents_table(agents: list[dict[str, Any]]) -> Table:
         "memory MB",
         "CPU %",
         "°C",
+        "KB up/down",
+        "MB up/down",
         "doing",
         box=None,
         pad_edge=False,
     )
     for row in agents:
         able, health = row["capabilities"] or {}, row["telemetry"] or {}
+        last, total = (row["last_round"] or {}).get("moved"), health.get("total")
         table.add_row(
             row["agent"],
             "online" if row["online"] else "offline",
@@ -192,9 +217,35 @@ def agents_table(agents: list[dict[str, Any]]) -> Table:
             _number(health.get("process_mb"), ".0f"),
             _number(health.get("cpu_percent"), ".0f"),
             _number(health.get("temperature_c"), ".0f"),
-            _foreign(health.get("phase", "")) if row["online"] else "",
+            "" if last is None else _both(Traffic(**last), 1e3, ",.0f"),
+            "" if total is None else _both(Traffic(**total), 1e6, ",.1f"),
+            _doing(health, row["upload"]) if row["online"] else "",
         )
     return table
+
+
+def _account(entries: list[StoredTraffic]) -> dict[str, Any]:
+    """What an agent's rounds have cost it: the last that it has reported, and all of them."""
+    if not entries:
+        return {"last_round": None, "all_rounds": None}
+    last = {"round": entries[-1].round, "moved": entries[-1].moved}
+    whole = reduce(Traffic.plus, (entry.moved for entry in entries))
+    return {"last_round": msgspec.to_builtins(last), "all_rounds": msgspec.to_builtins(whole)}
+
+
+def _doing(health: dict[str, Any], upload: dict[str, Any] | None) -> Text:
+    phase = _foreign(health.get("phase", ""))
+    if upload is not None:
+        return phase.append(f" {upload['received']}/{upload['total']} chunks")
+    share = health.get("progress")
+    return phase if share is None else phase.append(f" {share:.0%}")
+
+
+def _both(moved: Traffic, unit: float, form: str) -> str:
+    """Sent and received, in that unit; nothing where nothing is known."""
+    if moved == Traffic():
+        return ""
+    return f"{moved.sent_bytes / unit:{form}}/{moved.received_bytes / unit:{form}}"
 
 
 def _number(value: float | None, form: str) -> str:

@@ -3,8 +3,8 @@
 ::
 
     STATE/lock                     held by the one process that serves this state
-    STATE/store.sqlite             run, rounds, updates, agents, refusals
-    STATE/checkpoints/round-000003.safetensors, .json (hold-out metrics)
+    STATE/store.sqlite             run, rounds, updates, agents, refusals, traffic
+    STATE/checkpoints/round-000003.safetensors, .json (hold-out metrics), .delta (leads there from round 2's)
     STATE/updates/000004/pi1       updates of the open round, until its checkpoint is durable
     STATE/incoming/pi1-<sha256>    uploads in progress
 
@@ -112,6 +112,10 @@ class Store(Database):
             StoredRound(number, attempt, phase, _names(cohort), *rest)
             for number, attempt, phase, cohort, *rest in rows
         ]
+
+    def newest_round(self) -> int:
+        """Of all that were ever opened; 0 before the first."""
+        return int(self.read("SELECT coalesce(max(round), 0) FROM rounds").fetchone()[0])
 
     # --- updates ------------------------------------------------------------------------------------------------
 

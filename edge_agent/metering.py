@@ -29,7 +29,10 @@ class RoundMeter:
             return False
         ended = self._here
         if ended is not None:
-            self.last = RoundTraffic(run=ended[0], round=ended[1], moved=traffic.since(self._began))
+            moved = traffic.since(self._began)
+            if self.last is not None and (self.last.run, self.last.round) == ended:
+                moved = moved.plus(self.last.moved)  # a second attempt, after the device declined the first
+            self.last = RoundTraffic(run=ended[0], round=ended[1], moved=moved)
         self._here, self._began = here, traffic
         return ended is not None
 

@@ -30,6 +30,15 @@ class Complete:
 CreditCommand = Grant | Complete
 
 
+@dataclass(frozen=True, slots=True)
+class Progress:
+    """How far an upload is: ``stored`` of ``total`` chunks."""
+
+    agent: str
+    stored: int
+    total: int
+
+
 @dataclass(slots=True)
 class _Transfer:
     """One agent's upload: its chunks are ``missing`` (not asked for), ``asked`` (outstanding) or stored.
@@ -97,6 +106,17 @@ class CreditScheduler:
     def queued(self) -> int:
         """Agents that wait for credits."""
         return len(self._queue)
+
+    def progress(self) -> list[Progress]:
+        """All transfers, those that hold credits first."""
+        return [
+            Progress(
+                transfer.agent,
+                transfer.ref.chunks - len(transfer.missing) - len(transfer.asked),
+                transfer.ref.chunks,
+            )
+            for transfer in (*self._active.values(), *self._queue.values())
+        ]
 
     def wanted(self, agent: str, sha256: str, index: int) -> bool:
         """Whether this chunk was asked for and is not stored; drop anything else unread."""

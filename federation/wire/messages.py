@@ -353,6 +353,15 @@ class Traffic(Wire, frozen=True):
     sent_payload_bytes: Bytes = 0
     received_payload_bytes: Bytes = 0
 
+    def plus(self, other: "Traffic") -> "Traffic":
+        """The sum of two spans."""
+        return Traffic(
+            sent_bytes=self.sent_bytes + other.sent_bytes,
+            received_bytes=self.received_bytes + other.received_bytes,
+            sent_payload_bytes=self.sent_payload_bytes + other.sent_payload_bytes,
+            received_payload_bytes=self.received_payload_bytes + other.received_payload_bytes,
+        )
+
     def since(self, earlier: "Traffic") -> "Traffic":
         """What was moved between two readings of the same counters."""
         return Traffic(

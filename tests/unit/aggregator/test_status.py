@@ -30,6 +30,8 @@ def report(device: str = "cpu", detail: str = "L2 norm 9, at most 5") -> Report:
         "changed_at": 0.0,
         "capabilities": {"device": device, "samples": 10},
         "telemetry": {"phase": device},
+        "upload": None,
+        "last_round": None,
     }
     refusal = {"round": 1, "agent": "pi1", "code": "norm_too_large", "detail": detail, "at": 0.0}
     return Report("home", "0" * 16, [ROUND], [agent], [refusal], {"norm_too_large": 1})
