@@ -17,6 +17,7 @@ from federation.wire.encodings.plain import Float16, Float32, Zero
 from federation.wire.encodings.protocol import Encoding, Scheme
 from federation.wire.encodings.rotated import Rotated1, Rotated2, Ternary
 from federation.wire.encodings.sq import Sq
+from federation.wire.encodings.topk import TopK
 
 __all__ = ["ENCODINGS", "RAW", "ZERO", "Encoding", "Family", "Scheme", "encoding_named"]
 
@@ -116,6 +117,15 @@ _FAMILIES: Final = (
         least=0.5,
         most=1024,
         usual=16,
+    ),
+    Family(
+        "topk",
+        "the SHARE of largest values, with error feedback on the device; 0.16 bits a value at 0.01",
+        TopK,
+        parameter="SHARE",
+        least=0.0005,
+        most=0.5,
+        usual=0.01,
     ),
 )
 

@@ -104,7 +104,7 @@ class GapReader:
 
     Args:
         blob: ``low``, Deflate, tail; from anywhere.
-        count: Of all integers: no position is beyond, and no more than twice as many symbols are inflated.
+        count: Of all integers: no position is beyond, and no more than four times as many symbols are inflated.
 
     Attributes:
         size: How many non-zero integers there are.
@@ -120,10 +120,10 @@ class GapReader:
         self._count, self._low = count, blob[0]
         inflate = zlib.decompressobj(_RAW_DEFLATE)
         try:
-            symbols = inflate.decompress(blob[1:], most_symbols(count))
+            symbols = inflate.decompress(blob[1:], most_symbols(count) + 1)  # the end must come into sight
         except zlib.error as error:
             raise PeerError(Rejection.MALFORMED, f"the gaps cannot be inflated: {error}") from error
-        if not inflate.eof:
+        if not inflate.eof or len(symbols) > most_symbols(count):
             raise PeerError(
                 Rejection.WRONG_LENGTH,
                 f"the gaps of {count} values do not end within {most_symbols(count)} symbols or the blob",
@@ -180,8 +180,8 @@ class GapReader:
 
 
 def most_symbols(count: int) -> int:
-    """The longest stream for ``count`` integers."""
-    return 2 * count
+    """More than any encoder writes: the magnitudes of ``sq:0.5``, the finest, sum up to less than 3 a value."""
+    return 4 * count
 
 
 def plane_bytes(size: int) -> int:
