@@ -232,7 +232,7 @@ class _RotatedEncoding:
 
 
 class Rotated1(_RotatedEncoding):
-    """EDEN with one bit for each value, and the padding of an eighth at most.
+    """EDEN with one bit for each value, and the padding of a sixteenth at most.
 
     Unbiased up to what a Hadamard rotation lacks of a uniform one. Expected squared error pi / 2 - 1 = 0.571 times the
     squared norm, spread evenly over all values. For updates that are dense noise, as under differential privacy, where
@@ -244,7 +244,7 @@ class Rotated1(_RotatedEncoding):
 
 
 class Rotated2(_RotatedEncoding):
-    """EDEN with two bits for each value, and the padding of an eighth at most.
+    """EDEN with two bits for each value, and the padding of a sixteenth at most.
 
     Unbiased up to what a Hadamard rotation lacks of a uniform one. Expected squared error 0.133 times the squared norm,
     spread evenly over all values. Vectors (fewer than 2 dimensions) go as ``int8``.
@@ -258,8 +258,8 @@ class Ternary(_RotatedEncoding):
     """EDEN below one bit: after the rotation, the signs of only the largest coordinates, entropy-coded.
 
     Unbiased up to what a Hadamard rotation lacks of a uniform one. With z such that a standard normal value is beyond ±z
-    with probability ``share``, and phi its density: expected squared error share / (4 phi(z)^2) - 1 times the squared norm,
-    spread evenly over all values, at H(share) + share bits for each value (H: binary entropy). For 1 % that is 11.0 at
+    with probability ``share``, and phi its density: expected squared error share / (4 phi(z)^2) - 1 times the squared norm
+    (a few per cent more, since the number of signs in a column varies), spread evenly over all values, at H(share) + share bits for each value (H: binary entropy). For 1 % that is 11.0 at
     0.091 bits: about the noise of ``sq:16`` for a third of its bits. Vectors (fewer than 2 dimensions) go as ``int8``.
 
     Args:
