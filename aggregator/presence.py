@@ -39,6 +39,7 @@ class Presence:
         self._family = encoding_named(encoding).name
         self._sessions: dict[str, str] = {}
         self._reported_at: dict[str, float] = {}
+        self._counting: set[str] = set()
         self._accounted: dict[str, RoundTraffic] = {}
         self._traffic = TrafficLog(store)
 
@@ -97,6 +98,8 @@ class Presence:
             return
         if self._sessions.get(agent) != telemetry.session:
             return
+        if telemetry.total is not None:
+            self._counting.add(agent)
         last = self._reported_at.get(agent)
         if last is None or now >= last + TELEMETRY_INTERVAL_S:
             self._store.record_telemetry(agent, telemetry)
@@ -104,6 +107,10 @@ class Presence:
         elif telemetry.traffic is None or telemetry.traffic.round <= self._accounted_round(agent):
             return
         self._account(agent, telemetry.traffic)
+
+    def owes_account(self, number: int, agents: frozenset[str]) -> bool:
+        """Whether one of these agents, all at the end of this round, is online and is going to tell what it has cost."""
+        return any(self._accounted_round(agent) < number for agent in self._counting & agents)
 
     def _accounted_round(self, agent: str) -> int:
         known = self._accounted.get(agent)
@@ -122,4 +129,5 @@ class Presence:
     def _forget(self, agent: str) -> None:
         del self._sessions[agent]
         self._reported_at.pop(agent, None)
+        self._counting.discard(agent)
         self._on_gone(agent)

@@ -69,6 +69,9 @@ log = structlog.get_logger()
 
 CHECKERS = 2
 
+ACCOUNTS_S = 5.0
+"""How long the end of a run waits for the agents' traffic. Under the lowest cap a report waits 4 s behind a chunk."""
+
 
 @dataclass(frozen=True, slots=True)
 class _FoldDone:
@@ -183,6 +186,7 @@ class Service:
             self._act(start)
             while not self._stopping and self._rounds.phase is not Phase.FINISHED:
                 self._turn()
+            self._hear_accounts()
             return self._rounds.phase is Phase.FINISHED
         finally:
             self._seeder.stop()
@@ -241,8 +245,23 @@ class Service:
         if now >= self._watch.due:
             self._watch.look(now)
 
+    def _hear_accounts(self) -> None:
+        """Wait a little for what agents tell of the last round, which they do after its receipts."""
+        number = self._store.newest_round()
+        delivered = frozenset(self._store.updates(number))
+        deadline = time.monotonic() + ACCOUNTS_S
+        while not self._stopping and self._presence.owes_account(number, delivered):
+            remaining = deadline - time.monotonic()
+            if remaining <= 0:
+                break
+            item = self._inbox.get(remaining)
+            if isinstance(item, Message):
+                self._message(item, time.monotonic())
+
     def _feed(self, events: list[Event], now: float) -> None:
         for event in events:
+            if isinstance(event, UpdateStored):
+                self._add(self._rounds.round, event.agent)
             self._act(self._rounds.handle(event, now))
 
     def _take(self, item: object, now: float) -> list[Event]:

@@ -134,6 +134,19 @@ def test_bytes_of_rounds_that_never_were_are_ignored(store: Store) -> None:
     assert reports.kept == {1: moved(10, 20)}
 
 
+def test_only_agents_that_count_and_have_not_told_yet_are_waited_for(store: Store) -> None:
+    reports = Reports(store)
+    everybody = frozenset({"pi1", "pi2"})
+    assert not reports.presence.owes_account(2, everybody), "nobody has said that it counts"
+    reports.say(1, moved(10, 20), after_s=100)
+    assert reports.presence.owes_account(2, everybody)
+    assert not reports.presence.owes_account(1, everybody)
+    assert not reports.presence.owes_account(2, frozenset({"pi2"}))
+    death = AgentState(state="offline", session=SESSION)
+    reports.presence.state("pi1", encode_json(death))
+    assert not reports.presence.owes_account(2, everybody), "it is gone"
+
+
 def test_the_watch_counts_the_servers_bytes_while_a_round_is_open(store: Store, link: MemoryLink) -> None:
     log = TrafficLog(store)
     watch = Watch(log, link, list)
