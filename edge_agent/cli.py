@@ -76,15 +76,19 @@ def run_agent(
     ] = "auto",
 ) -> None:
     """Take part until SIGTERM. Power, link and server may fail at any time: nothing is lost."""
+    from federation.wire.rate import parse_rate
+
+    configure(level=log_level, form=log_format)
+    cap = (
+        None if max_rate is None else parse_rate(max_rate)
+    )  # a slip is told before PyTorch has taken its seconds
+
     from edge_agent.agent import Agent, Options
     from edge_agent.telemetry import capabilities
     from edge_agent.training import TorchTrainer
     from federation.bundle import read_bundle
     from federation.task.data import task_from_data
-    from federation.wire.rate import parse_rate
 
-    configure(level=log_level, form=log_format)
-    cap = None if max_rate is None else parse_rate(max_rate)
     identity = read_bundle(bundle)
     trainer = TorchTrainer(
         data,

@@ -153,6 +153,18 @@ def test_an_agents_data_that_cannot_be_learned_from(tmp_path: Path) -> None:
     )
 
 
+def test_a_cap_in_a_unit_that_is_not_known(tmp_path: Path) -> None:
+    for rate, remedy in {"200kB": "200 kB a second are 1.6mbit", "9kbit": "16kbit or more"}.items():
+        fails(
+            "edge_agent.cli",
+            "run",
+            tmp_path / "a.json",
+            *("--data", "digits", "--max-rate", rate),
+            expected=ExitCode.USAGE,
+            says=(repr(rate), remedy),
+        )
+
+
 def test_an_agent_with_one_class_takes_part_if_it_is_allowed_to(make_federation: MakeFederation) -> None:
     federation = make_federation("mosquitto")
     pictures(federation.folder / "one", "cat")

@@ -69,6 +69,22 @@ def test_status_prints_for_people_and_for_programs(undisturbed: FinishedRun) -> 
     assert {row["agent"] for row in report["agents"]} == set(SHARES)
 
 
+def test_what_each_round_has_moved_is_known_for_each_agent_and_the_server(undisturbed: FinishedRun) -> None:
+    report = undisturbed.federation.report()
+    for row in report.rounds:
+        # Each agent has sent its update, which all were stored, and has said so; acknowledgements come on top.
+        assert row.agents_moved.sent_payload_bytes > row.bytes_up
+        assert row.agents_moved.sent_bytes > row.agents_moved.sent_payload_bytes
+        assert row.agents_moved.received_bytes > row.agents_moved.received_payload_bytes > 0
+        assert row.server_moved.received_payload_bytes > row.bytes_up
+        assert row.server_moved.sent_bytes > row.server_moved.sent_payload_bytes > 0
+    for agent in report.agents:
+        assert agent["last_round"]["round"] == report.rounds[-1].round
+        assert agent["all_rounds"]["sent_bytes"] > agent["last_round"]["moved"]["sent_bytes"]
+        assert agent["telemetry"]["total"]["sent_bytes"] > agent["last_round"]["moved"]["sent_bytes"]
+        assert agent["upload"] is None
+
+
 def test_the_model_comes_out_as_onnx_and_reads_digits_that_no_agent_has_seen(
     undisturbed: FinishedRun, tmp_path: Path
 ) -> None:

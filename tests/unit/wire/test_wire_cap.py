@@ -5,6 +5,7 @@ import random
 
 import pytest
 
+from federation.wire.messages import MAX_CHUNKS
 from federation.wire.rate import BURST_S, LEAST_RATE, TokenBucket
 from federation.wire.transfer import (
     PULL_BYTES,
@@ -15,6 +16,7 @@ from federation.wire.transfer import (
     Unsubscribe,
     Write,
     chunk_span,
+    cut_size,
     make_ref,
 )
 
@@ -135,3 +137,19 @@ def test_a_stopped_download_waits_for_nothing() -> None:
     path.download.stop()
     assert path.download.next_wakeup() is None
     assert path.download.tick(100.0) == []
+
+
+@pytest.mark.parametrize(
+    ("length", "largest", "preferred", "cut"),
+    [
+        (10**6, 98_304, None, 98_304),
+        (10**6, 98_304, 8000, 8000),
+        (10**6, 4096, 8000, 4096),
+        (100 * 8000 * MAX_CHUNKS, 10**6, 8000, 800_000),
+        (8000 * MAX_CHUNKS + 1, 98_304, 8000, 8001),
+    ],
+)
+def test_a_slow_link_gets_small_chunks_but_never_too_many(
+    length: int, largest: int, preferred: int | None, cut: int
+) -> None:
+    assert cut_size(length, largest, preferred) == cut
