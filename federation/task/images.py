@@ -1,4 +1,7 @@
-"""Labelled images in the shape of a task: in memory as bytes, or decoded for each batch."""
+"""Labelled images in the shape of a task: in memory as bytes, or decoded for each batch.
+
+torch is imported by the first batch, not by opening: a device that waits for its first round needs none of it.
+"""
 
 from __future__ import annotations
 
@@ -27,18 +30,14 @@ class ImageData:
     def __init__(
         self, task: TaskSpec, labels: np.ndarray, read: Callable[[int], np.ndarray], *, in_memory: bool
     ) -> None:
-        import torch
-
         self.task = task
         self.labels = labels
-        self._targets = torch.from_numpy(labels)
         scale = np.array(task.std, np.float64)[:, None, None]
-        centre = (np.array(task.mean, np.float64)[:, None, None] / scale).astype(np.float32)
         self._factor = {
-            torch.uint8: torch.from_numpy((PIXEL_SCALE / scale).astype(np.float32)),
-            torch.float32: torch.from_numpy((1 / scale).astype(np.float32)),
+            np.dtype(np.uint8): (PIXEL_SCALE / scale).astype(np.float32),
+            np.dtype(np.float32): (1 / scale).astype(np.float32),
         }
-        self._offset = torch.from_numpy(centre)
+        self._offset = (np.array(task.mean, np.float64)[:, None, None] / scale).astype(np.float32)
         # What is decoded needs its reader no more, and with it the files or arrays that it came from.
         self._pixels = _stack(read, np.arange(len(labels))) if in_memory else None
         self._read = None if in_memory else read
@@ -66,24 +65,21 @@ class ImageData:
         """
         import torch
 
-        rows = torch.from_numpy(indices)
         if self._pixels is not None:
-            pixels = self._pixels[rows]
+            pixels = self._pixels[indices]
         else:
             assert self._read is not None
             pixels = _stack(self._read, indices)
-        factor = self._factor[pixels.dtype]
+        factor = torch.from_numpy(self._factor[pixels.dtype]).to(device)
         # Bytes travel to an accelerator, not floats: a quarter of the traffic.
-        images = pixels.to(device).to(torch.float32, copy=True)
-        images.mul_(factor.to(device)).sub_(self._offset.to(device))
-        return images, self._targets[rows].to(device)
+        images = torch.from_numpy(pixels).to(device).to(torch.float32, copy=True)
+        images.mul_(factor).sub_(torch.from_numpy(self._offset).to(device))
+        return images, torch.from_numpy(self.labels[indices]).to(device)
 
 
-def _stack(read: Callable[[int], np.ndarray], indices: np.ndarray) -> torch.Tensor:
-    import torch
-
+def _stack(read: Callable[[int], np.ndarray], indices: np.ndarray) -> np.ndarray:
     first = read(int(indices[0]))
     stacked = np.empty((len(indices), *first.shape), first.dtype)
     for row, index in enumerate(indices):
         stacked[row] = read(int(index))
-    return torch.from_numpy(stacked)
+    return stacked

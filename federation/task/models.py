@@ -10,6 +10,7 @@ import numpy as np
 
 from federation.errors import ConfigError
 from federation.task.names import did_you_mean, is_plugin, load_plugin
+from federation.task.vision import import_torchvision
 from federation.wire.messages import TaskSpec
 
 if TYPE_CHECKING:
@@ -62,8 +63,7 @@ def build(task: TaskSpec, *, seed: int = 0) -> nn.Module:
 
 def model_names() -> list[str]:
     """Every model name that :func:`build` knows without a plug-in."""
-    import torchvision
-
+    torchvision = import_torchvision()
     return [CNN, *torchvision.models.list_models(module=torchvision.models)]
 
 
@@ -183,8 +183,7 @@ def _plugin(task: TaskSpec) -> nn.Module:
 
 
 def _torchvision(task: TaskSpec) -> nn.Module:
-    import torchvision
-
+    torchvision = import_torchvision()
     name = task.model
     known = model_names()
     if name not in known:

@@ -11,6 +11,7 @@ import numpy as np
 
 from federation.errors import ConfigError
 from federation.task.sources import Source, from_dataset, from_pixels
+from federation.task.vision import import_torchvision
 
 _DIGITS = tuple("0123456789")
 
@@ -89,9 +90,7 @@ def torchvision_set(name: str, folder: Path, *, train: bool) -> Source:
 
 
 def _opened(entry: TorchvisionSet, folder: Path, split: dict[str, Any], where: str) -> Any:
-    from torchvision import datasets
-
-    open_set = getattr(datasets, entry.name)
+    open_set = getattr(import_torchvision().datasets, entry.name)
     arguments: dict[str, Any] = {**split, **entry.more}
     expected = folder / entry.place
     try:
