@@ -140,20 +140,18 @@ def fedge(children: Children, folder: Path, run: Run, shares: Sequence[Path]) ->
     """Run `aggregator serve` with its embedded broker, and `edge-agent run` processes, as they are by default."""
     fleet = Fleet(children, folder, run)
     with Observer() as observer, ExitStack() as proxies:
+        ways = [proxies.enter_context(CountingProxy(fleet.port)) for _ in shares]
+        bundles = [fleet.enroll(f"agent-{number}", port=way.port) for number, way in enumerate(ways, 1)]
         server = fleet.serve()
         observer.follow(_SERVER, server.process.pid)
-        agents = []
-        for number, share in enumerate(shares, 1):
+        agents: list[Child] = []
+        for number, (bundle, share, way) in enumerate(zip(bundles, shares, ways, strict=True), 1):
             if number == len(shares):
+                for agent in agents:
+                    children.until(partial(is_connected, agent.log), START_S, f"{agent.name} is connected")
                 idle = wait_idle(children, observer)
-            proxy = proxies.enter_context(CountingProxy(fleet.port))
-            bundle = fleet.enroll(f"agent-{number}", port=proxy.port)
             agents.append(fleet.start(bundle, f"imagefolder:{share}"))
-            watch(observer, number, agents[-1], proxy)
-            if number < len(shares):
-                children.until(
-                    partial(is_connected, agents[-1].log), START_S, f"{agents[-1].name} is connected"
-                )
+            watch(observer, number, agents[-1], way)
         done = fleet.finish(server, TIMEOUT_S)
         ends = [each.row.closed_at for each in done]
         assert ends[0] is not None
