@@ -9,7 +9,6 @@ from collections.abc import Iterable
 from collections.abc import Set as AbstractSet
 from dataclasses import dataclass
 from hashlib import sha256
-from math import ceil
 
 from federation.errors import ConfigError, PeerError, Rejection
 from federation.wire.credit import Complete, CreditCommand, CreditScheduler, Grant
@@ -22,6 +21,9 @@ from federation.wire.messages import (
 )
 from federation.wire.pacing import MAX_RETRY_S, Outstanding
 from federation.wire.rate import TokenBucket
+
+MAX_WINDOW = 44
+"""AWS IoT allows 50 subscriptions in a connection; six are left for those that stand: plan, state, messages down."""
 
 _MIN_CHUNK_BYTES = 64
 _FIRST_OFFER_RETRY_S = 2.0
@@ -159,7 +161,7 @@ class Download:
     """Pulls an object whose chunks are retained messages.
 
     A window of exact topics is subscribed and refilled when half of it has arrived; it follows the measured
-    bandwidth-delay product. What does not come within its retry time goes to the back of the line, so that chunks
+    bandwidth-delay product, up and down. What does not come within its retry time goes to the back of the line, so that chunks
     the broker has lost do not hold up the others; a chunk with a wrong hash is not written and is waited for like
     a missing one. A re-seeding by the aggregator heals both.
 
@@ -169,8 +171,8 @@ class Download:
     Args:
         ref: The object, from a signed plan.
         have: Indices of the chunks that are already on disk.
-        window_min: Topics subscribed at first, and at least.
-        window_max: Topics subscribed at most.
+        window_min: Topics subscribed at first, and at least on a path that is not slow.
+        window_max: Topics subscribed at most, at any moment.
         retry_s: Least time before a chunk is subscribed again, seconds.
         cap: Of this device's bandwidth down, shared by all that it pulls; None for none.
 
@@ -187,7 +189,7 @@ class Download:
         have: AbstractSet[int],
         *,
         window_min: int = 8,
-        window_max: int = 64,
+        window_max: int = MAX_WINDOW,
         retry_s: float = 2.0,
         cap: TokenBucket | None = None,
     ) -> None:
@@ -198,7 +200,7 @@ class Download:
         )
         if cap is not None:
             retry_s = max(retry_s, 2 * ref.chunk_bytes / cap.rate)  # the link may be no faster than its cap
-        self._asked = Outstanding(retry_s)
+        self._asked = Outstanding(retry_s, ref.chunk_bytes)
         self._waiting = dict.fromkeys(index for index in range(ref.chunks) if index not in have)
         self._missing = set(self._waiting)
         self._arrived: list[int] = []  # still subscribed, to be unsubscribed with the next refill
@@ -214,6 +216,11 @@ class Download:
     def received(self) -> int:
         """Chunks that are there, those on disk at the start included."""
         return self.total - len(self._missing)
+
+    @property
+    def repeated(self) -> int:
+        """Asks that were not the first for their chunk."""
+        return self._asked.repeated
 
     @property
     def finished(self) -> bool:
@@ -241,8 +248,7 @@ class Download:
         self._waiting.pop(index, None)
         self._asked.arrive(index, len(payload), now)
         self.bytes_received += len(payload)
-        wanted = ceil(self._asked.worthwhile_bytes / self._ref.chunk_bytes)
-        self.window = min(self._window_max, max(self._window_min, wanted))
+        self.window = self._asked.window(self._window_min, self._window_max, self._ref.chunk_bytes)
         commands: list[DownloadCommand] = [Write(index, payload)]
         if self.finished:
             return [*commands, *self._unsubscribe(), Finished()]

@@ -140,7 +140,7 @@ class Agent:
                     self.written[index] = payload
                 case Finished():
                     self.finished = True
-        assert len(self.subscribed - self.written.keys()) <= self.window_max
+        assert len(self.subscribed) <= self.window_max
 
     def step(self) -> None:
         wakeup, arrival = self.download.next_wakeup(), self.channel.next_arrival()
@@ -250,7 +250,10 @@ class Fleet:
             self.obey(self.scheduler.tick(self.now))
         if self.dice.random() < 0.005:
             agent = self.dice.choice(sorted(self.refs))
-            self.obey(self.scheduler.gone(agent))
+            if self.dice.random() < 0.5:
+                self.obey(self.scheduler.gone(agent))
+            else:
+                self.scheduler.reconnected(agent)
             self.uploads[agent].reconnected()
         self.offer_where_due()
 
@@ -260,16 +263,18 @@ class Fleet:
     scattered,
     st.integers(1, 4),
     st.integers(1, 8),
+    st.integers(1, 20),
     faults,
 )
 def test_uploads_end_whatever_the_channel_does_with_bounded_chunks_outstanding(
-    data: list[bytes], have: set[int], max_transfers: int, window: int, faults: Faults
+    data: list[bytes], have: set[int], max_transfers: int, window: int, bound: int, faults: Faults
 ) -> None:
-    scheduler = CreditScheduler(max_transfers=max_transfers, window=window)
+    scheduler = CreditScheduler(max_transfers=max_transfers, window=window, credit_bytes=bound * CHUNK)
     fleet = Fleet(data, have, scheduler, faults)
     fleet.offer_where_due()
     for _ in range(STEPS):
         assert scheduler.outstanding <= max_transfers * window
+        assert scheduler.outstanding_bytes <= bound * CHUNK
         assert scheduler.active <= max_transfers
         if len(fleet.completed) == len(data):
             break
