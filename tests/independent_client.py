@@ -1,7 +1,7 @@
 """A device written from docs/protocol.md alone: nothing of fedge is imported here, and a test says so.
 
 Plain and synchronous on purpose: one connection, one round at a time, no resume. The document's section numbers stand
-beside what they ask for.
+beside what they ask for. Section 10, the frame, is in ``independent_frame``.
 """
 
 import contextlib
@@ -259,44 +259,3 @@ class IndependentClient:
         if topic == f"{self._root}/plan":
             self._plan = self._unseal(payload, "plan")
         return topic, payload
-
-
-# --- section 10: the update frame -------------------------------------------------------------------------------
-
-
-def write_frame(delta: Tensors, encoding: str) -> bytes:
-    """Write tensors as one frame."""
-    entries, blobs = [], []
-    for name in sorted(delta):
-        array = np.ascontiguousarray(delta[name], dtype="<f4")
-        scheme, parameters, blob = "float32", [], array.tobytes()
-        if not array.any():
-            scheme, blob = "zero", b""
-        elif encoding != "float32":
-            coded_parameters, coded = _int8(array) if encoding == "int8" else _float16(array)
-            if _aligned(len(coded)) + 9 < _aligned(len(blob)):
-                scheme, parameters, blob = encoding, coded_parameters, coded
-        entries.append([name, list(array.shape), scheme, parameters, len(blob)])
-        blobs.append(blob)
-    header = msgspec.msgpack.encode([encoding, entries])
-    frame = bytearray(b"fdge" + struct.pack("<HHI", 1, 0, len(header)) + header)
-    for blob in blobs:
-        if blob:
-            frame += bytes(_aligned(len(frame)) - len(frame)) + blob
-    return bytes(frame)
-
-
-def _aligned(length: int) -> int:
-    return -(-length // 8) * 8
-
-
-def _int8(array: NDArray[np.float32]) -> tuple[list[float], bytes]:
-    step = float(np.nextafter(np.float32(np.abs(array).max() / 127), np.float32(np.inf)))
-    noise = np.random.default_rng().random(array.shape)
-    codes = np.clip(np.floor(array.astype(np.float64) / step + noise), -127, 127)
-    return [step], codes.astype("i1").tobytes()
-
-
-def _float16(array: NDArray[np.float32]) -> tuple[list[float], bytes]:
-    scale = max(2.0 ** (math.frexp(float(np.abs(array).max()))[1] - 15), 2.0**-126)
-    return [scale], (array / np.float32(scale)).astype("<f2").tobytes()

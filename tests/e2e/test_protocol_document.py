@@ -10,9 +10,11 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import independent_client
+import independent_frame
 import numpy as np
 import pytest
-from independent_client import Fields, IndependentClient, Refused, Tensors, write_frame
+from independent_client import Fields, IndependentClient, Refused, Tensors
+from independent_frame import write_frame
 from safetensors.numpy import load_file
 
 ALLOWED = {"msgspec", "cryptography", "numpy", "paho", "safetensors"}
@@ -72,10 +74,10 @@ def learned(base: Tensors, round_number: int) -> Tensors:
 
 
 def test_the_client_imports_nothing_of_ours() -> None:
-    tree = ast.parse(Path(independent_client.__file__).read_text())
     imported = {
         name.partition(".")[0]
-        for node in ast.walk(tree)
+        for module in (independent_client, independent_frame)
+        for node in ast.walk(ast.parse(Path(str(module.__file__)).read_text()))
         for name in (
             [alias.name for alias in node.names]
             if isinstance(node, ast.Import)

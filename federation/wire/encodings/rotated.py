@@ -15,6 +15,7 @@ Expected squared error in units of <x, x>, for Gaussian coordinates: ``1 / rho^2
 
 import struct
 from abc import ABC, abstractmethod
+from math import inf
 from statistics import NormalDist
 from typing import Any, Final
 
@@ -62,22 +63,22 @@ class RotatedScheme(ABC):
     parameters = 0
     largest_code: int
 
+    @abstractmethod
     def max_bytes(self, count: int) -> int:
-        """The head and what each value takes."""
-        layout = layout_of(count)
-        return SEED_BYTES + _UNIT.size + layout.blocks + self._max_code_bytes(layout)
+        """The longest blob that ``count`` values can give."""
 
     def decode_into(self, blob: memoryview, parameters: Parameters, out: Values) -> None:  # noqa: ARG002
         """Rotate the codes back and scale them."""
         layout = layout_of(out.size)
-        head = SEED_BYTES + _UNIT.size
-        if len(blob) < head + layout.blocks:
+        if len(blob) < head_bytes(layout):
             raise PeerError(Rejection.WRONG_LENGTH, f"a blob of {len(blob)} bytes has not all scales")
         unit = check_scale(
             _UNIT.unpack_from(blob, SEED_BYTES)[0], times=_SCALE_LEVELS * self.largest_code * layout.length
         )
-        scales = np.frombuffer(blob, dtype=np.uint8, count=layout.blocks, offset=head) * unit
-        codes = self._read_codes(blob[head + layout.blocks :], layout)
+        scales = (
+            np.frombuffer(blob, dtype=np.uint8, count=layout.blocks, offset=SEED_BYTES + _UNIT.size) * unit
+        )
+        codes = self._read_codes(blob[head_bytes(layout) :], layout)
         rotate_back(codes, scales, bytes(blob[:SEED_BYTES]), out)
 
     def encode(self, array: Array, peak: float, rng: np.random.Generator) -> bytes:
@@ -99,9 +100,6 @@ class RotatedScheme(ABC):
         return b"".join((seed, _UNIT.pack(unit), rounded.tobytes(), self._write_codes(codes)))
 
     @abstractmethod
-    def _max_code_bytes(self, layout: Layout) -> int: ...
-
-    @abstractmethod
     def _quantize(self, rotated: Rotated) -> NDArray[np.int8]:
         """Codes of the coordinates, odd in each of them."""
 
@@ -119,8 +117,10 @@ class Rotated1Scheme(RotatedScheme):
     name = "rotated1"
     largest_code = 1
 
-    def _max_code_bytes(self, layout: Layout) -> int:
-        return layout.size // 8
+    def max_bytes(self, count: int) -> int:
+        """The head and a bit for each coordinate."""
+        layout = layout_of(count)
+        return head_bytes(layout) + layout.size // 8
 
     def _quantize(self, rotated: Rotated) -> NDArray[np.int8]:
         return np.where(rotated.coordinates < 0, np.int8(-1), np.int8(1))
@@ -147,8 +147,10 @@ class Rotated2Scheme(RotatedScheme):
     _NEAR: Final = 3
     _THRESHOLD: Final = 0.9816
 
-    def _max_code_bytes(self, layout: Layout) -> int:
-        return layout.size // 4
+    def max_bytes(self, count: int) -> int:
+        """The head and two bits for each coordinate."""
+        layout = layout_of(count)
+        return head_bytes(layout) + layout.size // 4
 
     def _quantize(self, rotated: Rotated) -> NDArray[np.int8]:
         limits = (self._THRESHOLD * np.sqrt(rotated.energies)).astype(np.float32)
@@ -181,8 +183,9 @@ class TernaryScheme(RotatedScheme):
         # P(|y| > z) = share for standard normal y.
         self._threshold = NormalDist().inv_cdf(1 - share / 2)
 
-    def _max_code_bytes(self, layout: Layout) -> int:
-        return layout.size // 8  # or else the signs of all coordinates would be better, and int8 is sent
+    def max_bytes(self, count: int) -> int:
+        """One byte a value, or else it would be sent as ``int8``."""
+        return count
 
     def _quantize(self, rotated: Rotated) -> NDArray[np.int8]:
         magnitudes = np.abs(rotated.coordinates)
@@ -211,6 +214,11 @@ class TernaryScheme(RotatedScheme):
         return codes.reshape(layout)
 
 
+def head_bytes(layout: Layout) -> int:
+    """The length of what stands before the codes."""
+    return SEED_BYTES + _UNIT.size + layout.blocks
+
+
 class _RotatedEncoding:
     stateful = False
 
@@ -222,7 +230,13 @@ class _RotatedEncoding:
         """Itself, and ``int8``."""
         return (self._scheme, INT8)
 
-    def encode(self, array: Array, peak: float, rng: np.random.Generator) -> Coded:
+    def encode(
+        self,
+        array: Array,
+        peak: float,
+        rng: np.random.Generator,
+        noise: float = inf,  # noqa: ARG002 - see the protocol
+    ) -> Coded:
         """Rotate and quantize; vectors, and tensors that gain nothing, go as ``int8``."""
         if not INT8.suits(array):
             blob = self._scheme.encode(array, peak, rng)

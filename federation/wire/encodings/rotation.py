@@ -113,13 +113,13 @@ def rotate_back(codes: NDArray[Any], scales: Values, seed: bytes, out: Values) -
         out: Where the values go.
     """
     layout = Layout(*codes.shape)
-    signs = signs_of(seed, layout.length).astype(np.float32)[:, np.newaxis]
+    signs = signs_of(seed, layout.length)[:, np.newaxis]
     whole = out if out.size == layout.size else np.empty(layout.size, dtype=np.float32)
     matrix = whole.reshape(layout.length, layout.blocks)
     for columns in _groups(layout):
-        values = hadamard(np.ascontiguousarray(codes[:, columns])).astype(np.float32)
-        values *= scales[columns]
-        np.multiply(values, signs, out=matrix[:, columns])
+        integers = hadamard(np.ascontiguousarray(codes[:, columns]))
+        integers *= signs
+        np.multiply(integers.astype(np.float32), scales[columns], out=matrix[:, columns])
     if whole is not out:
         out[:] = whole[: out.size]
 
