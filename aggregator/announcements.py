@@ -84,9 +84,9 @@ class Announcements:
         """Publish a plan once the broker holds its model: an agent that asks too early waits for a retry."""
         self._held = plan
 
-    def model_present(self, sha256: str, link: LinkLike, now: float) -> None:
-        """The broker holds this model."""
-        if self._held is not None and self._held.base.sha256 == sha256:
+    def model_present(self, version: str, link: LinkLike, now: float) -> None:
+        """The broker holds all that leads to this version of the model."""
+        if self._held is not None and self._held.base == version:
             self.plan(self._held, link, now)
 
     def last_words(self) -> list[tuple[str, bytes, int, bool]]:

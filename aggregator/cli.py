@@ -89,7 +89,12 @@ def serve(
     epochs: Annotated[int | None, typer.Option("--epochs", help="Local epochs per round.")] = None,
     batch_size: Annotated[int | None, typer.Option("--batch-size", help="Local batch size.")] = None,
     learning_rate: Annotated[float | None, typer.Option("--lr", help="Local learning rate.")] = None,
-    encoding: Annotated[str | None, typer.Option("--encoding", help="float32, float16 or int8.")] = None,
+    up_encoding: Annotated[
+        str | None, typer.Option("--up-encoding", help="Of updates: sq:16, float32, ... (docs/protocol.md).")
+    ] = None,
+    down_encoding: Annotated[
+        str | None, typer.Option("--down-encoding", help="Of the model's change: sq:4, ..., or full.")
+    ] = None,
     settings: SetOption = None,
     log_level: LevelOption = "info",
     log_format: FormatOption = "auto",
@@ -102,7 +107,8 @@ def serve(
     flags = {
         "federation": federation,
         "state_dir": state,
-        "encoding": encoding,
+        "up_encoding": up_encoding,
+        "down_encoding": down_encoding,
         "broker.url": broker,
         "broker.listen": listen,
         "task.model": model,

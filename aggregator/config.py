@@ -4,7 +4,15 @@ from typing import Annotated
 
 from msgspec import Meta, Struct
 
-from federation.wire.messages import MAX_CHUNK_BYTES, Count, Name, NonNegative, Positive, TrainSpec
+from federation.wire.messages import (
+    MAX_CHUNK_BYTES,
+    MAX_DELTAS,
+    Count,
+    Name,
+    NonNegative,
+    Positive,
+    TrainSpec,
+)
 
 SECRETS = {"FEDGE_BROKER_PASSWORD": "broker.password"}
 """Environment variables that hold secrets, and the keys that they set."""
@@ -110,13 +118,19 @@ class AggregatorConfig(Table, frozen=True):
     Attributes:
         federation: Name of the federation: a-z, 0-9, _ and -.
         state_dir: Folder of everything that must survive: keys, rounds, checkpoints, the embedded broker's store.
-        encoding: Of the updates on the wire: "float32", "float16" or "int8".
+        up_encoding: Of the updates that agents send, e.g. "sq:16" or "float32" (docs/protocol.md, encodings).
+        down_encoding: Of the global model's change that agents fetch, e.g. "sq:4"; "full" sends every round's model whole in float32.
+        max_noise: Most noise that coarse encodings may add to the average of the updates, and again to the model's change, as a share of the mean square of the weights of each tensor; they are finer where it takes that. 0 sets no bound.
+        keep_deltas: Rounds that an agent may miss and still fetch deltas only; one that missed more fetches the whole model.
         keep_checkpoints: Newest checkpoints to keep, at least 2; 0 keeps all.
     """
 
     federation: Name = "fleet"
     state_dir: str = "fedge-state"
-    encoding: str = "float32"
+    up_encoding: str = "sq:16"
+    down_encoding: str = "sq:4"
+    max_noise: Annotated[float, Meta(ge=0, le=1000)] = 0.03
+    keep_deltas: Annotated[int, Meta(ge=1, le=MAX_DELTAS)] = 8
     keep_checkpoints: Count = 20
     task: TaskConfig = TaskConfig()
     train: TrainSpec = TrainSpec()

@@ -23,6 +23,9 @@ CREATE TABLE IF NOT EXISTS rounds (
     encoding TEXT NOT NULL, opened_at REAL NOT NULL, deadline_at REAL NOT NULL, closed_at REAL, fold_s REAL,
     loss REAL, accuracy REAL, evaluate_s REAL
 ) STRICT;
+CREATE TABLE IF NOT EXISTS versions (
+    round INTEGER PRIMARY KEY, digest TEXT NOT NULL, encoding TEXT NOT NULL
+) STRICT;
 CREATE TABLE IF NOT EXISTS updates (
     round INTEGER NOT NULL, agent TEXT NOT NULL, sha256 TEXT NOT NULL, bytes INTEGER NOT NULL, samples INTEGER NOT NULL,
     metrics TEXT NOT NULL, stored_at REAL NOT NULL, PRIMARY KEY (round, agent)

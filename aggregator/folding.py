@@ -6,17 +6,21 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
 import structlog
 
 from aggregator.admission import Limits, check_update
-from aggregator.records import StoredUpdate
+from aggregator.records import StoredUpdate, StoredVersion
 from aggregator.store import Store, move_durably
 from aggregator.strategies import Accumulator, Strategy
+from aggregator.versions import WHOLE
 from federation.errors import PeerError, VerificationError
 from federation.task.checkpoint import CheckpointInfo, checkpoint_bytes, read_checkpoint
 from federation.task.model_card import HoldOutMetrics
-from federation.wire.codec import Schema, decode, schema_of
+from federation.wire.codec import Schema, decode, encode
+from federation.wire.noise import noise_bounds
 from federation.wire.objects import PartialObject
+from federation.wire.versions import apply_delta, model_digest
 
 log = structlog.get_logger()
 
@@ -41,56 +45,113 @@ def keep_update(partial: PartialObject, target: Path, schema: Schema, encoding: 
 
 @dataclass(frozen=True, slots=True)
 class FoldResult:
-    """A new checkpoint on disk.
+    """A new version of the global model, on disk.
 
     Attributes:
-        path: Of the checkpoint.
-        seconds: That it took.
+        path: Of its checkpoint.
+        version: What it is, and how the delta that leads there is encoded.
+        seconds: That making it took after the last update had been added.
         damaged: Agents whose update could not be read back from the disk, and was left out.
     """
 
     path: Path
+    version: StoredVersion
     seconds: float
     damaged: tuple[str, ...]
 
 
-def fold(
-    store: Store, info: CheckpointInfo, updates: Mapping[str, StoredUpdate], encoding: str, strategy: Strategy
-) -> FoldResult:
-    """Average ``updates`` into the model of the round before ``info.round``, and write the new checkpoint.
+@dataclass(frozen=True, slots=True)
+class Down:
+    """How the global model's change is encoded for the way down.
 
-    The updates are added in the order of the mapping, one in memory at a time, so equal updates give equal bits.
+    Attributes:
+        encoding: Of the delta; ``full`` makes none.
+        max_noise: ``federation.wire.noise``.
+        seed: From which, with the round, stochastic rounding is seeded, so that a repetition gives the same bits.
+    """
+
+    encoding: str
+    max_noise: float
+    seed: int
+
+
+class Fold:
+    """The average of one round's updates: taken up as they are accepted, closed once. Not thread-safe.
+
+    Equal sets of updates give equal bits, in whatever order they came and however often the work was begun anew.
 
     Args:
-        store: Holds the base model and takes the checkpoint.
+        store: Holds the updates and the base model, and takes the new one.
         info: Of the new checkpoint.
-        updates: Accepted updates, by agent, sorted.
+        schema: Of the model.
         encoding: Of the updates.
-        strategy: The server step.
-
-    Raises:
-        VerificationError: If not one update could be read back.
     """
-    began = time.monotonic()
-    _, base = read_checkpoint(store.checkpoint_path(info.round - 1))
-    schema = schema_of(base)
-    total = Accumulator(schema)
-    damaged = []
-    for agent, update in updates.items():
+
+    def __init__(self, store: Store, info: CheckpointInfo, schema: Schema, encoding: str) -> None:
+        self._store, self._info, self._schema, self._encoding = store, info, schema, encoding
+        self._begin()
+
+    def _begin(self) -> None:
+        self._total = Accumulator(self._schema)
+        self._taken: set[str] = set()
+        self._damaged: list[str] = []
+
+    @property
+    def round(self) -> int:
+        """Whose updates these are."""
+        return self._info.round
+
+    def add(self, update: StoredUpdate) -> None:
+        """Decode an accepted update and add it, once."""
+        if update.agent in self._taken:
+            return
+        self._taken.add(update.agent)
         try:
-            delta = decode(update.path.read_bytes(), schema, encoding)
+            delta = decode(update.path.read_bytes(), self._schema, self._encoding)
         except (PeerError, OSError) as error:  # it was whole when it was accepted: the disk has changed it
-            log.error("update_damaged", agent=agent, path=str(update.path), reason=str(error))
-            damaged.append(agent)
+            log.error("update_damaged", agent=update.agent, path=str(update.path), reason=str(error))
+            self._damaged.append(update.agent)
         else:
-            total.add(delta, float(update.samples))
-    if not total.count:
-        raise VerificationError(
-            f"none of the {len(updates)} updates of round {info.round} below {store.folder / 'updates'} can be read: "
-            "check the disk"
-        )
-    path = store.write_checkpoint(info.round, checkpoint_bytes(info, strategy.step(base, total.mean())))
-    return FoldResult(path, time.monotonic() - began, tuple(damaged))
+            self._total.add(delta, float(update.samples))
+
+    def close(self, updates: Mapping[str, StoredUpdate], strategy: Strategy, down: Down) -> FoldResult:
+        """Average exactly ``updates`` into the model of the round before, and write the new version.
+
+        With an encoding for the way down, the new version is what devices make of the encoded delta:
+        ``base + decode(encode(change))``.
+
+        Args:
+            updates: Accepted updates, by agent.
+            strategy: The server step.
+            down: How the delta is encoded.
+
+        Raises:
+            VerificationError: If not one update could be read back.
+        """
+        began = time.monotonic()
+        number = self._info.round
+        if not self._taken <= updates.keys():  # one was taken back since: begin anew
+            self._begin()
+        for update in updates.values():
+            self.add(update)
+        if not self._total.count:
+            raise VerificationError(
+                f"none of the {len(updates)} updates of round {number} below {self._store.folder / 'updates'} can be"
+                " read: check the disk"
+            )
+        change = strategy.change(self._total.mean())
+        _, base = read_checkpoint(self._store.checkpoint_path(number - 1))
+        if down.encoding == WHOLE:
+            model = {name: (value + change[name]).astype(np.float32) for name, value in base.items()}
+        else:
+            delta = {name: tensor.astype(np.float32) for name, tensor in change.items()}
+            rng = np.random.default_rng([down.seed, number])
+            frame = encode(delta, down.encoding, rng, noise_bounds(base, delta, down.max_noise))
+            model = apply_delta(base, frame, down.encoding)
+            self._store.write_delta(number, frame)
+        path = self._store.write_checkpoint(number, checkpoint_bytes(self._info, model))
+        version = StoredVersion(model_digest(model), down.encoding)
+        return FoldResult(path, version, time.monotonic() - began, tuple(self._damaged))
 
 
 class Evaluator:

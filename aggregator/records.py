@@ -28,6 +28,19 @@ class StoredUpdate:
 
 
 @dataclass(frozen=True, slots=True)
+class StoredVersion:
+    """A version of the global model.
+
+    Attributes:
+        digest: ``federation.wire.versions.model_digest``.
+        encoding: Of the delta that leads to it; ``full`` where there is none.
+    """
+
+    digest: str
+    encoding: str
+
+
+@dataclass(frozen=True, slots=True)
 class StoredRound:
     """A round as the store knows it.
 

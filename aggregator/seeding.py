@@ -7,8 +7,8 @@ are, and nothing is sent twice.
 
 import queue
 import threading
-from collections import deque
-from collections.abc import Callable
+import time
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -24,9 +24,6 @@ from federation.wire.topics import Topics
 from federation.wire.transfer import check_chunk
 
 log = structlog.get_logger()
-
-OBJECTS_KEPT = 2
-"""The open round's base model, and the one before for agents that are still fetching it."""
 
 PROBE_S = 2.0
 """How long a broker may take to deliver a retained chunk before it counts as lost."""
@@ -45,55 +42,85 @@ class _Seeded:
     path: Path
 
 
+@dataclass(frozen=True, slots=True)
+class _Probe:
+    ref: ObjectRef
+    there: threading.Event
+
+
 class Seeder:
-    """Keeps the newest objects on the broker.
+    """Keeps on the broker what the last two plans name: agents may still be fetching for the former one.
 
     Args:
         link: To publish on.
         topics: Of the federation.
         store: Remembers what lies on the broker across restarts, so that it can be cleared one day.
-        on_present: Called in the seeder's thread with the hash of an object that the broker now holds.
+        on_present: Called with the name of the last plan's objects once the broker holds them all; in the seeder's
+            thread, or at once.
     """
 
     def __init__(
         self, link: LinkLike, topics: Topics, store: Store, on_present: Callable[[str], None]
     ) -> None:
         self._link, self._topics, self._store, self._on_present = link, topics, store, on_present
-        self._wanted: deque[_Seeded] = deque(maxlen=OBJECTS_KEPT)
+        self._name = ""
+        self._wanted: tuple[_Seeded, ...] = ()
+        self._former: tuple[_Seeded, ...] = ()
         self._stale: list[ObjectRef] = msgspec.json.decode(
             store.recall(_MEMORY_KEY) or "[]", type=list[ObjectRef]
         )
         self._present: set[str] = set()
         # Published over an earlier connection, perhaps by an earlier process: the broker may or may not hold it.
         self._doubtful = {ref.sha256 for ref in self._stale}
-        self._probed: dict[str, tuple[ObjectRef, threading.Event]] = {}
+        self._probed: dict[str, _Probe] = {}
         self._guard = threading.Lock()
         self._work: queue.SimpleQueue[bool] = queue.SimpleQueue()
         self._thread = threading.Thread(target=self._run, name="seeder", daemon=True)
         self._thread.start()
 
-    def want(self, path: Path, ref: ObjectRef) -> None:
-        """Make ``path`` the newest object; what falls out of the kept ones is cleared from the broker."""
+    def want(self, name: str, objects: Sequence[tuple[Path, ObjectRef]]) -> None:
+        """Bring the objects of a new plan to the broker; what only older ones named is cleared from it.
+
+        Args:
+            name: Given to ``on_present``.
+            objects: Files and what they hold; the first is brought first.
+        """
+        wanted = tuple(_Seeded(ref, path) for path, ref in objects)
         with self._guard:
-            if any(seeded.ref == ref for seeded in self._wanted):
-                if ref.sha256 in self._present:
-                    self._on_present(ref.sha256)
-                return
-            # The same model cut into other chunks lies on the same topics: it takes the place of its former self.
-            self._present.discard(ref.sha256)
-            former = [seeded for seeded in self._wanted if seeded.ref.sha256 == ref.sha256]
-            for seeded in former:
-                self._wanted.remove(seeded)
+            self._name = name
+            if wanted != self._wanted:
+                self._replace(wanted)
+            complete = self._complete()
+            memory = self._memory()
+        self._store.remember(_MEMORY_KEY, memory)
+        if complete:
+            self._on_present(name)
+        else:
+            self._work.put(True)
+
+    def _replace(self, wanted: tuple[_Seeded, ...]) -> None:
+        cut = {seeded.ref.sha256: seeded.ref for seeded in wanted}
+        # The same object cut into other chunks lies on the same topics: it takes the place of its former self.
+        former = tuple(seeded for seeded in self._wanted if seeded.ref.sha256 not in cut)
+        kept = cut | {seeded.ref.sha256: seeded.ref for seeded in former}
+        for seeded in (*self._wanted, *self._former):
+            if kept.get(seeded.ref.sha256) != seeded.ref and seeded.ref not in self._stale:
+                self._present.discard(seeded.ref.sha256)
                 self._stale.append(seeded.ref)
-            if len(self._wanted) == OBJECTS_KEPT:
-                self._stale.append(self._wanted[0].ref)
-            self._wanted.append(_Seeded(ref, path))
-            self._stale = [
-                stale for stale in self._stale if stale.sha256 != ref.sha256 or stale.chunks > ref.chunks
-            ]
-            memory = [*self._stale, *(seeded.ref for seeded in self._wanted)]
-        self._store.remember(_MEMORY_KEY, msgspec.json.encode(memory).decode())
-        self._work.put(True)
+        self._wanted, self._former = wanted, former
+        self._stale = [
+            stale
+            for stale in self._stale
+            if stale.sha256 not in kept or stale.chunks > kept[stale.sha256].chunks
+        ]
+
+    def _complete(self) -> bool:
+        return all(seeded.ref.sha256 in self._present for seeded in self._wanted)
+
+    def _memory(self) -> str:
+        """What may lie on the broker, to be cleared one day, perhaps by a later process."""
+        kept = (seeded.ref for seeded in (*self._wanted, *self._former))
+        return msgspec.json.encode([*self._stale, *kept]).decode()
 
     def connected(self) -> None:
         """The link is up: find out what the broker still holds."""
@@ -107,13 +134,12 @@ class Seeder:
         probe = self._probed.get(sha256)
         if probe is None:
             return
-        ref, there = probe
         try:
-            check_chunk(ref, ref.chunks - 1, payload)
+            check_chunk(probe.ref, probe.ref.chunks - 1, payload)
         except PeerError as error:  # cut into other chunks by an earlier process, cleared, or damaged
             log.info("retained_chunk_stale", object=sha256[:12], detail=error.detail)
         else:
-            there.set()
+            probe.there.set()
 
     def stop(self) -> None:
         """End the thread after what it is doing."""
@@ -142,16 +168,22 @@ class Seeder:
 
     def _bring_up_to_date(self) -> None:
         with self._guard:
-            missing = [seeded for seeded in reversed(self._wanted) if seeded.ref.sha256 not in self._present]
+            name, wanted = self._name, self._wanted
+            # The former plan's only while they are known to be there: nobody new will ask for them.
+            missing = [seeded for seeded in wanted if seeded.ref.sha256 not in self._present]
             stale = list(self._stale)
-            kept = {seeded.ref.sha256: seeded.ref.chunks for seeded in self._wanted}
+            kept = {seeded.ref.sha256: seeded.ref.chunks for seeded in (*wanted, *self._former)}
+        there = self._probe([seeded.ref for seeded in missing if seeded.ref.sha256 in self._doubtful])
         for seeded in missing:
-            if seeded.ref.sha256 not in self._doubtful or not self._probe(seeded.ref):
+            if seeded.ref.sha256 not in there:
                 self._publish(seeded)
             with self._guard:
                 self._doubtful.discard(seeded.ref.sha256)
                 self._present.add(seeded.ref.sha256)
-            self._on_present(seeded.ref.sha256)
+        with self._guard:
+            up_to_date = name == self._name and self._complete()
+        if up_to_date:
+            self._on_present(name)
         for ref in stale:
             for index in range(kept.get(ref.sha256, 0), ref.chunks):
                 self._link.publish_bulk(
@@ -162,20 +194,26 @@ class Seeder:
                     timeout_s=PUBLISH_TIMEOUT_S,
                 )
             with self._guard:
-                self._stale.remove(ref)
-                memory = [*self._stale, *(seeded.ref for seeded in self._wanted)]
-            self._store.remember(_MEMORY_KEY, msgspec.json.encode(memory).decode())
+                if ref in self._stale:
+                    self._stale.remove(ref)
+                memory = self._memory()
+            self._store.remember(_MEMORY_KEY, memory)
 
-    def _probe(self, ref: ObjectRef) -> bool:
-        arrived = threading.Event()
-        self._probed[ref.sha256] = ref, arrived
-        topic = self._topics.object_chunk(ref.sha256, ref.chunks - 1)
-        self._link.subscribe([(topic, 0)])
+    def _probe(self, refs: Sequence[ObjectRef]) -> set[str]:
+        """Which of these objects the broker still holds."""
+        probes = [_Probe(ref, threading.Event()) for ref in refs]
+        if not probes:
+            return set()
+        self._probed = {probe.ref.sha256: probe for probe in probes}
+        topics = [self._topics.object_chunk(ref.sha256, ref.chunks - 1) for ref in refs]
+        self._link.subscribe([(topic, 0) for topic in topics])
+        deadline = time.monotonic() + PROBE_S
         try:
-            return arrived.wait(PROBE_S)
+            there = [probe for probe in probes if probe.there.wait(max(0.0, deadline - time.monotonic()))]
+            return {probe.ref.sha256 for probe in there}
         finally:
-            del self._probed[ref.sha256]
-            self._link.unsubscribe([topic])
+            self._probed = {}
+            self._link.unsubscribe(topics)
 
     def _publish(self, seeded: _Seeded) -> None:
         for index in range(seeded.ref.chunks):
@@ -188,5 +226,5 @@ class Seeder:
             )
         self._link.flush(PUBLISH_TIMEOUT_S)  # every chunk acknowledged: none was refused on the way
         log.info(
-            "model_seeded", object=seeded.ref.sha256[:12], bytes=seeded.ref.length, chunks=seeded.ref.chunks
+            "object_seeded", object=seeded.ref.sha256[:12], bytes=seeded.ref.length, chunks=seeded.ref.chunks
         )

@@ -6,9 +6,8 @@ back. So every decision is taken in one thread, in one order.
 
 import time
 from collections.abc import Callable
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Executor, Future, ThreadPoolExecutor
 from dataclasses import dataclass
-from pathlib import Path
 
 import structlog
 
@@ -16,7 +15,7 @@ from aggregator.admission import Limits, OpenRound
 from aggregator.announcements import Announcements
 from aggregator.config import AggregatorConfig
 from aggregator.enrolment import Enrolment
-from aggregator.folding import Evaluator, FoldResult, fold
+from aggregator.folding import Down, Evaluator, Fold, FoldResult
 from aggregator.presence import Presence
 from aggregator.reception import Checked, Reception
 from aggregator.rounds import (
@@ -25,7 +24,6 @@ from aggregator.rounds import (
     Evaluated,
     Event,
     Finish,
-    Fold,
     Folded,
     Phase,
     RoundRecord,
@@ -58,11 +56,9 @@ from federation.wire.link import (
 )
 from federation.wire.messages import (
     IdlePlan,
-    ObjectRef,
     RoundPlan,
     TaskSpec,
 )
-from federation.wire.objects import ref_of_file
 from federation.wire.topics import Topics
 
 log = structlog.get_logger()
@@ -88,7 +84,7 @@ class _EvaluationDone:
 
 @dataclass(frozen=True, slots=True)
 class _ModelPresent:
-    sha256: str
+    version: str
 
 
 @dataclass(frozen=True, slots=True)
@@ -129,6 +125,10 @@ class Service:
             will=self._announced.will,
         )
         self._executor = ThreadPoolExecutor(CHECKERS, thread_name_prefix="worker")
+        # One thread: updates are added one after the other, and never while they are averaged.
+        self._folder = ThreadPoolExecutor(1, thread_name_prefix="folder")
+        self._sum: Fold | None = None
+        self._versions = Versions(store, config.keep_deltas)
         self._reception = Reception(
             link=self._link,
             topics=self._topics,
@@ -142,7 +142,7 @@ class Service:
         self._presence = Presence(
             store=store,
             enrolled=lambda agent: enrolment.key_of(agent) is not None,
-            encoding=config.encoding,
+            encoding=config.up_encoding,
             on_gone=self._reception.gone,
         )
         self._seeder = Seeder(
@@ -160,7 +160,7 @@ class Service:
             accuracies=[row.accuracy for row in closed if row.accuracy is not None],
         )
         self._interrupted = past[-1] if past and past[-1].phase != "closed" else None
-        self._encoding = config.encoding
+        self._encoding = config.up_encoding
         self._schema: Schema | None = None
         self._unevaluated = bool(config.task.holdout and closed and closed[-1].accuracy is None)
 
@@ -274,8 +274,8 @@ class Service:
                 return self._folded(number, result)
             case _EvaluationDone(number, metrics, seconds):
                 return [Evaluated(self._keep_metrics(number, metrics, seconds))]
-            case _ModelPresent(sha256):
-                self._announced.model_present(sha256, self._link, now)
+            case _ModelPresent(version):
+                self._announced.model_present(version, self._link, now)
             case _WorkFailed(error):
                 raise error
             case Connected():
@@ -335,7 +335,7 @@ class Service:
             match command:
                 case OpenCommand():
                     self._open(command)
-                case Fold(number, agents):
+                case FoldCommand(number, agents):
                     self._fold(number, agents)
                 case Evaluate(number):
                     self._evaluate(number)
@@ -348,17 +348,14 @@ class Service:
                     self._idle(number, reason, finished=True)
 
     def _open(self, command: OpenCommand) -> None:
-        path = self._store.checkpoint_path(command.round - 1)
-        if self._base is None or self._base[0] != path:
-            self._base = path, ref_of_file(path, self._chunk_bytes())
-        base = self._base[1]
+        offered = self._versions.offer(command.round - 1, self._chunk_bytes())
         if self._interrupted is None or self._interrupted.round != command.round:
-            self._encoding = self._config.encoding
+            self._encoding = self._config.up_encoding
         self._store.open_round(
             command.round,
             command.attempt,
             command.cohort,
-            base=base.sha256,
+            base=offered.base,
             encoding=self._encoding,
             deadline_s=command.deadline_s,
         )
@@ -368,15 +365,18 @@ class Service:
             attempt=command.attempt,
             task=self._task,
             train=self._config.train,
-            base=base,
-            encoding=self._encoding,
+            base=offered.base,
+            full=offered.full,
+            deltas=offered.deltas,
+            up_encoding=self._encoding,
+            # The errors of agents are independent: their average has a share of each.
+            max_noise=self._config.max_noise * max(1, self._rounds.wanted),
             cohort=command.cohort,
             deadline_s=max(command.deadline_s, 1.0),
             issued_at=time.time(),
             upload_chunk_bytes=self._chunk_bytes(),
         )
-        if self._schema is None:
-            self._schema = schema_of(read_checkpoint(path)[1])
+        accepted = self._store.updates(plan.round)
         self._reception.open(
             OpenRound(
                 run=plan.run,
@@ -414,10 +414,28 @@ class Service:
         self._store.start_folding(number)
         self._reception.shut()
         updates = {agent: update for agent, update in self._store.updates(number).items() if agent in agents}
-        info = CheckpointInfo(federation=self._config.federation, round=number, task=self._task)
         strategy = FedAvg(self._config.rounds.server_learning_rate)
-        encoding = self._encoding
-        self._submit(lambda: _FoldDone(number, fold(self._store, info, updates, encoding, strategy)))
+        down = Down(self._config.down_encoding, self._config.max_noise, self._config.train.seed)
+        total = self._sum_of(number)
+        self._sum = None
+        self._submit(lambda: _FoldDone(number, total.close(updates, strategy, down)), self._folder)
+
+    def _add(self, number: int, agent: str) -> None:
+        """Add an accepted update to the round's sum, while others arrive."""
+        total, update = self._sum_of(number), self._store.updates(number)[agent]
+        self._submit(lambda: total.add(update), self._folder)
+
+    def _sum_of(self, number: int) -> Fold:
+        if self._sum is None or self._sum.round != number:
+            info = CheckpointInfo(federation=self._config.federation, round=number, task=self._task)
+            self._sum = Fold(self._store, info, self._model_schema(), self._encoding)
+        return self._sum
+
+    def _model_schema(self) -> Schema:
+        if self._schema is None:
+            newest = self._store.checkpoint_path(self._rounds.round - 1)
+            self._schema = schema_of(read_checkpoint(newest)[1])
+        return self._schema
 
     def _evaluate(self, number: int) -> None:
         evaluator = self._evaluator
@@ -425,12 +443,10 @@ class Service:
             self._inbox.post(_EvaluationDone(number, None, 0.0))
             return
         path = self._store.checkpoint_path(number)
-        self._submit(lambda: _EvaluationDone(number, *evaluator.evaluate(path)))
+        self._submit(lambda: _EvaluationDone(number, *evaluator.evaluate(path)), self._executor)
 
     def _keep_metrics(self, number: int, metrics: HoldOutMetrics | None, seconds: float) -> float | None:
-        keep = self._config.keep_checkpoints
-        # At least what the broker may have to be given again.
-        self._store.prune_checkpoints(keep and max(keep, OBJECTS_KEPT))
+        self._versions.prune(self._config.keep_checkpoints)
         if metrics is None:
             return None
         self._store.write_metrics(number, metrics)
@@ -449,10 +465,14 @@ class Service:
     def _chunk_bytes(self) -> int:
         return min(self._config.broker.chunk_bytes, self._link.limits.largest_chunk)
 
-    def _submit(self, work: Callable[[], object]) -> None:
+    def _submit(self, work: Callable[[], object], executor: Executor) -> None:
         def hand_back(done: Future[object]) -> None:
-            if not done.cancelled():
-                error = done.exception()
-                self._inbox.post(_WorkFailed(error) if error is not None else done.result())
+            if done.cancelled():
+                return
+            error = done.exception()
+            if error is not None:
+                self._inbox.post(_WorkFailed(error))
+            elif done.result() is not None:
+                self._inbox.post(done.result())
 
-        self._executor.submit(work).add_done_callback(hand_back)
+        executor.submit(work).add_done_callback(hand_back)

@@ -13,6 +13,7 @@ from aggregator.broker import EmbeddedBroker
 from aggregator.config import AggregatorConfig, TaskConfig
 from aggregator.enrolment import Enrolment
 from aggregator.store import Store
+from aggregator.versions import WHOLE, remember_seed
 from federation.errors import ConfigError
 from federation.task.checkpoint import CheckpointInfo, checkpoint_bytes
 from federation.wire.address import BrokerAddress
@@ -80,7 +81,11 @@ def check(config: AggregatorConfig) -> None:
         ConfigError: Naming the setting, its value and the remedy.
     """
     rounds = config.rounds
-    encoding_named(config.encoding)
+    encoding_named(config.up_encoding)
+    if config.down_encoding != WHOLE and encoding_named(config.down_encoding).stateful:
+        raise ConfigError(
+            f"down_encoding is {config.down_encoding!r}, which loses what it leaves out: use 'sq:4', or 'full'"
+        )
     if rounds.cohort_size and rounds.cohort_size < rounds.min_agents:
         raise ConfigError(
             f"rounds.cohort_size is {rounds.cohort_size}, less than rounds.min_agents = {rounds.min_agents}: "
@@ -164,6 +169,7 @@ def write_initial_model(config: AggregatorConfig, store: Store, task: TaskSpec) 
     info = CheckpointInfo(federation=config.federation, round=0, task=task)
     arrays = state_arrays(build(task, seed=config.train.seed))
     store.write_checkpoint(0, checkpoint_bytes(info, arrays))
+    remember_seed(store, config.train.seed)
     log.info(
         "run_begun",
         run=store.run,

@@ -19,12 +19,17 @@ from pathlib import Path
 import msgspec
 
 from aggregator.database import Database
-from aggregator.records import StoredAgent, StoredRound, StoredUpdate
+from aggregator.records import StoredAgent, StoredRound, StoredUpdate, StoredVersion
 from federation.errors import Rejection
 from federation.files import disk_error, sync_folder, write_whole
 from federation.task.checkpoint import FOLDER, checkpoint_path
 from federation.task.model_card import HoldOutMetrics
 from federation.wire.messages import AgentState, Capabilities, Telemetry, TrainMetrics, UpdateOffer
+
+_RECORD_VERSION = (
+    "INSERT INTO versions VALUES (?, ?, ?) ON CONFLICT (round) DO UPDATE SET "
+    "digest = excluded.digest, encoding = excluded.encoding"
+)
 
 REFUSALS_KEPT = 10_000
 """Rows of the refusal log; older ones go, so that a hostile device cannot fill the disk."""
@@ -85,9 +90,10 @@ class Store(Database):
         with self.transaction() as db:
             db.execute("UPDATE rounds SET phase = 'folding' WHERE round = ?", (number,))
 
-    def close_round(self, number: int, fold_s: float) -> None:
-        """Record that the round's checkpoint is durable, and forget its updates' files."""
+    def close_round(self, number: int, fold_s: float, version: StoredVersion) -> None:
+        """Record that the round's checkpoint (and delta) is durable, and forget its updates' files."""
         with self.transaction() as db:
+            db.execute(_RECORD_VERSION, (number, version.digest, version.encoding))
             db.execute(
                 "UPDATE rounds SET phase = 'closed', closed_at = ?, fold_s = ? WHERE round = ?",
                 (time.time(), fold_s, number),
@@ -197,16 +203,40 @@ class Store(Database):
         write_whole(path, data)
         return path
 
+    def delta_path(self, number: int) -> Path:
+        """The frame that leads to the global model after a round from the one before it."""
+        return self.checkpoint_path(number).with_suffix(".delta")
+
+    def write_delta(self, number: int, data: bytes) -> None:
+        """Write a delta durably."""
+        write_whole(self.delta_path(number), data)
+
+    def record_version(self, number: int, digest: str, encoding: str) -> None:
+        """Record which version of the global model a round made."""
+        with self.transaction() as db:
+            db.execute(_RECORD_VERSION, (number, digest, encoding))
+
+    def version(self, number: int) -> StoredVersion | None:
+        """Which version of the global model a round made; None where that is not known."""
+        row = self.read("SELECT digest, encoding FROM versions WHERE round = ?", (number,)).fetchone()
+        return None if row is None else StoredVersion(*row)
+
     def write_metrics(self, number: int, metrics: HoldOutMetrics) -> None:
         """Write hold-out metrics beside the checkpoint, where an export finds them."""
         write_whole(self.checkpoint_path(number).with_suffix(".json"), msgspec.json.encode(metrics))
 
-    def prune_checkpoints(self, keep: int) -> None:
-        """Delete all but the ``keep`` newest checkpoints; 0 keeps all."""
+    def prune_checkpoints(self, keep: int, *, spare: int) -> None:
+        """Delete all but the ``keep`` newest checkpoints and that of round ``spare``; 0 keeps all."""
         if keep:
             for path in sorted((self.folder / FOLDER).glob("round-*.safetensors"))[:-keep]:
-                path.with_suffix(".json").unlink(missing_ok=True)
-                path.unlink()
+                if path != self.checkpoint_path(spare):
+                    path.with_suffix(".json").unlink(missing_ok=True)
+                    path.unlink()
+
+    def prune_deltas(self, keep: int) -> None:
+        """Delete all but the ``keep`` newest deltas."""
+        for path in sorted((self.folder / FOLDER).glob("round-*.delta"))[:-keep]:
+            path.unlink()
 
     # --- agents and refusals ------------------------------------------------------------------------------------
 

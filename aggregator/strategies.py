@@ -6,20 +6,23 @@ from typing import Protocol
 import numpy as np
 from numpy.typing import NDArray
 
+from aggregator.summation import OrderFreeSum
+
 Arrays = Mapping[str, NDArray[np.float32]]
 
 
 class Accumulator:
-    """A running weighted sum of updates in float64: memory for one model, however many agents.
+    """A running weighted sum of updates: memory for one model (16 bytes a parameter), however many agents.
 
-    The sum is taken in the order of :meth:`add`; callers who want the same bits again add in the same order.
+    The result has the same bits in whatever order the updates are added (:class:`OrderFreeSum`), so they are added as they
+    arrive, and once more from the disk after a crash.
 
     Args:
         schema: Tensor name -> shape.
     """
 
     def __init__(self, schema: Mapping[str, tuple[int, ...]]) -> None:
-        self._sums = {name: np.zeros(shape, np.float64) for name, shape in schema.items()}
+        self._sums = {name: OrderFreeSum(tuple(shape)) for name, shape in schema.items()}
         self._weight = 0.0
         self.count = 0
 
@@ -28,28 +31,34 @@ class Accumulator:
 
         Args:
             delta: float32 arrays of the schema's names and shapes, finite.
-            weight: Greater than 0; FedAvg takes the number of samples.
+            weight: A whole number greater than 0 (their sum must not depend on the order either); FedAvg takes the
+                number of samples.
         """
         for name, total in self._sums.items():
-            # dtype, since float32 * Python float would round the product to float32 first.
-            np.add(total, np.multiply(delta[name], weight, dtype=np.float64), out=total)
+            total.add(delta[name], weight)
         self._weight += weight
         self.count += 1
 
     def mean(self) -> dict[str, NDArray[np.float64]]:
-        """The weighted mean ``sum(w_i * delta_i) / sum(w_i)``, float64, computed in place: the accumulator is spent."""
+        """The weighted mean ``sum(w_i * delta_i) / sum(w_i)``, float64. The sums are given free: the accumulator is spent.
+
+        Raises:
+            ValueError: If nothing was added.
+        """
         if not self.count:
             raise ValueError("the mean of no updates")
-        for total in self._sums.values():
-            np.divide(total, self._weight, out=total)
-        return self._sums
+        means = {}
+        for name in list(self._sums):
+            means[name] = self._sums.pop(name).value()
+            means[name] /= self._weight
+        return means
 
 
 class Strategy(Protocol):
-    """A server optimizer: it turns the mean update into the next global model."""
+    """A server optimizer: it turns the mean update into the change of the global model."""
 
-    def step(self, base: Arrays, mean: Mapping[str, NDArray[np.float64]]) -> dict[str, NDArray[np.float32]]:
-        """Return the next global model (float32)."""
+    def change(self, mean: Mapping[str, NDArray[np.float64]]) -> Mapping[str, NDArray[np.float64]]:
+        """By what each tensor changes; ``mean`` may be overwritten."""
         ...
 
 
@@ -66,6 +75,8 @@ class FedAvg:
     def __init__(self, server_learning_rate: float = 1.0) -> None:
         self._rate = server_learning_rate
 
-    def step(self, base: Arrays, mean: Mapping[str, NDArray[np.float64]]) -> dict[str, NDArray[np.float32]]:
-        """Return ``base + eta * mean``, rounded to float32 once."""
-        return {name: (value + self._rate * mean[name]).astype(np.float32) for name, value in base.items()}
+    def change(self, mean: Mapping[str, NDArray[np.float64]]) -> Mapping[str, NDArray[np.float64]]:
+        """Return ``eta * mean``, in place."""
+        for tensor in mean.values():
+            np.multiply(tensor, self._rate, out=tensor)
+        return mean

@@ -20,6 +20,7 @@ from edge_agent.progress import Progress, read_progress, write_progress
 from edge_agent.session import (
     Abandon,
     BaseReady,
+    BaseUnusable,
     Command,
     CreditArrived,
     Event,
@@ -152,7 +153,7 @@ class Agent:
             options.state_dir / "objects",
             self._link,
             self._topics,
-            lambda sha256: self._inbox.post(BaseReady(sha256)),
+            lambda version: self._inbox.post(BaseReady(version)),
             self._down_cap,
         )
         self._outbox = Outbox(
@@ -163,7 +164,12 @@ class Agent:
             preferred_chunk_bytes=None if options.max_rate is None else upload_chunk_bytes(options.max_rate),
         )
         self._worker = Worker(
-            trainer, self._outbox, agent=self._name, plugins=options.plugins, post=self._inbox.post
+            trainer,
+            self._outbox,
+            federation=bundle.federation,
+            agent=self._name,
+            plugins=options.plugins,
+            post=self._inbox.post,
         )
         progress = read_progress(self._progress_path)
         self._session = Session(
@@ -239,6 +245,8 @@ class Agent:
         match item:
             case Message():
                 self._message(item, now)
+            case BaseUnusable():
+                self._base_unusable(item, now)
             case BaseReady() | UpdateReady() | WorkFailed():
                 self._feed(item, now)
             case Connected():
@@ -331,12 +339,11 @@ class Agent:
 
     def _carry_out(self, command: Command, now: float) -> None:
         match command:
-            case Fetch(ref):
-                self._fetching(lambda: self._cache.fetch(ref, now), now)
+            case Fetch(plan):
+                self._fetching(lambda: self._cache.fetch(plan, now), now)
             case Train(plan):
-                base = self._cache.path(plan.base.sha256)
                 self._upload = UploadShare()
-                self._worker.start(plan, base, self._link.limits.largest_chunk)
+                self._worker.start(plan, self._cache.recipe(), self._link.limits.largest_chunk)
             case Abandon(reason):
                 log.info("round_abandoned", reason=reason)
                 self._worker.cancel()
@@ -368,6 +375,14 @@ class Agent:
         except (ConfigError, PeerError) as error:  # a full disk, a model that is not what it was said to be
             self._cache.abandon()
             self._feed(WorkFailed(self._session.run, self._session.round, str(error)), now)
+
+    def _base_unusable(self, event: BaseUnusable, now: float) -> None:
+        plan = self._session.plan
+        if plan is None or (plan.run, plan.round) != (event.run, event.round):
+            return  # a newer plan has come, and its own fetch has begun
+        other_way = self._cache.reject()
+        log.warning("base_model_rejected", round=event.round, reason=event.reason, fetched_again=other_way)
+        self._feed(event if other_way else WorkFailed(event.run, event.round, event.reason), now)
 
     def _remember(self, progress: Progress) -> None:
         try:

@@ -277,12 +277,12 @@ def _judge(plan: Plan, agent: str) -> Finding:
     mine = "is in its cohort" if agent in plan.cohort else f"is not among its cohort of {len(plan.cohort)}"
     found = f"signature verified; round {plan.round} is open, {agent!r} {mine}"
     try:
-        encoding_named(plan.encoding)
+        encoding_named(plan.up_encoding)
     except ConfigError:
         return Finding(
             check="plan",
             level=Level.FAIL,
-            found=f"{found}; it wants the encoding {plan.encoding!r}, which this version does not know",
+            found=f"{found}; it wants the encoding {plan.up_encoding!r}, which this version does not know",
             remedy=_SAME_VERSION,
         )
     if is_plugin(plan.task.model):

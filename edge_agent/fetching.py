@@ -1,29 +1,40 @@
-"""Bring the base model to this device: the download's commands carried out on the link and on the disk."""
+"""Bring to this device what leads to the base model: the downloads' commands carried out on the link and on the disk.
+
+::
+
+    STATE/objects/<version>.safetensors   a version of the global model, the newest that this device has worked on
+    STATE/objects/<sha256>.object         a full model or a delta, fetched whole and not applied yet
+    STATE/objects/<sha256>.part           one that is being fetched
+"""
 
 from collections.abc import Callable
 from pathlib import Path
 
 import structlog
 
+from edge_agent.base_model import Recipe
 from federation.logs import Sparingly
 from federation.wire.link import LinkLike
-from federation.wire.messages import ObjectRef
-from federation.wire.objects import PartialObject, ref_of_file
+from federation.wire.messages import FullModel, ObjectRef, RoundPlan
+from federation.wire.objects import PartialObject
 from federation.wire.rate import TokenBucket
 from federation.wire.topics import Topics
 from federation.wire.transfer import Download, DownloadCommand, Finished, Subscribe, Unsubscribe, Write
+from federation.wire.versions import Built, Held, Route, cheapest_route
 
 log = structlog.get_logger()
 
+_MODEL = ".safetensors"
+
 
 class ModelCache:
-    """Holds the newest base model, and fetches the next.
+    """Holds the newest base model, and fetches what leads to the next.
 
     Args:
         folder: ``STATE/objects``; created.
         link: To subscribe on.
         topics: Of the federation.
-        on_ready: Called with the hash when a model is on disk.
+        on_ready: Called with the version when all that leads to it is on disk.
         cap: Of this device's bandwidth down; None for none.
     """
 
@@ -40,37 +51,81 @@ class ModelCache:
         self._cap = cap
         self._download: Download | None = None
         self._partial: PartialObject | None = None
+        self._route: Route | None = None
+        self._waiting: list[ObjectRef] = []
+        self._built_differently: set[str] = set()
         self._telling = Sparingly()
 
-    def path(self, sha256: str) -> Path:
-        """Where a model lies once it is complete."""
-        return self._folder / f"{sha256}.safetensors"
+    def fetch(self, plan: RoundPlan, now: float) -> None:
+        """Fetch what leads to a plan's base model, or go on where an earlier process stopped.
 
-    def fetch(self, ref: ObjectRef, now: float) -> None:
-        """Start to fetch a model, or go on where an earlier process stopped. Others are deleted.
+        What leads nowhere any more is deleted.
 
         Raises:
             ConfigError: If the disk is full.
             PeerError: As :meth:`chunk`.
         """
         self.abandon()
-        keep = {self.path(ref.sha256), self._part(ref)}
+        held = {file.stem for file in self._folder.glob(f"*{_MODEL}")}
+        self._route = route = cheapest_route(
+            plan, held, may_build=plan.full.version not in self._built_differently
+        )
+        full = (route.start.object,) if isinstance(route.start, FullModel) else ()
+        objects = (*full, *(delta.object for delta in route.deltas))
+        keep = {self._model(route.version), self._model(route.start.version)}
+        for ref in objects:
+            keep |= {self._object(ref), self._part(ref)}
         for file in self._folder.iterdir():
             if file not in keep:
                 file.unlink()
-        if self._holds(ref):
-            self._on_ready(ref.sha256)
+        self._waiting = [ref for ref in objects if not self._object(ref).exists()]
+        self._telling.restart()
+        self._next(now)
+
+    def recipe(self) -> Recipe:
+        """How to make the base model from what was fetched; ask once ``on_ready`` was called."""
+        route = self._route
+        assert route is not None
+        match route.start:
+            case FullModel(object=ref):
+                start: Path | None = self._object(ref)
+            case Held(version):
+                start = self._model(version)
+            case Built():
+                start = None
+        frames = tuple(self._object(delta.object) for delta in route.deltas)
+        return Recipe(route, start, frames, self._model(route.version))
+
+    def reject(self) -> bool:
+        """Forget what the last recipe was made of: it did not give the base model.
+
+        Returns:
+            Whether there is another way to it; none if it began with the full model.
+        """
+        recipe = self.recipe()
+        if recipe.start is None:
+            self._built_differently.add(recipe.route.start.version)
+        else:
+            recipe.start.unlink(missing_ok=True)
+        for file in recipe.frames:
+            file.unlink(missing_ok=True)
+        return not isinstance(recipe.route.start, FullModel)
+
+    def _next(self, now: float) -> None:
+        if not self._waiting:
+            assert self._route is not None
+            self._on_ready(self._route.version)
             return
+        ref = self._waiting[0]
         self._partial = PartialObject(self._part(ref), ref)
         self._download = Download(ref, self._partial.have, cap=self._cap)
-        self._telling.restart()
-        self._carry_out(self._download.start(now))
+        self._carry_out(self._download.start(now), now)
 
     def abandon(self) -> None:
         """Stop fetching; what has arrived stays on disk."""
         if self._partial is None or self._download is None:
             return
-        self._carry_out(self._download.stop())
+        self._carry_out(self._download.stop(), 0.0)
         self._partial.close()
         self._download = self._partial = None
 
@@ -79,25 +134,25 @@ class ModelCache:
 
         Raises:
             ConfigError: If the disk is full.
-            PeerError: ``wrong_hash`` if the model is complete and is not what the plan promised.
+            PeerError: ``wrong_hash`` if the object is complete and is not what the plan promised.
         """
         if self._download is not None and self._partial is not None and self._partial.ref.sha256 == sha256:
             download = self._download
-            self._carry_out(download.chunk(index, payload, now))
+            self._carry_out(download.chunk(index, payload, now), now)
             if self._telling.due(now) and not download.finished:
                 log.info(
-                    "model_fetching", object=sha256[:12], received=download.received, total=download.total
+                    "object_fetching", object=sha256[:12], received=download.received, total=download.total
                 )
 
     def tick(self, now: float) -> None:
         """Ask again for what has not come."""
         if self._download is not None:
-            self._carry_out(self._download.tick(now))
+            self._carry_out(self._download.tick(now), now)
 
     def reconnected(self, now: float) -> None:
         """Subscribe again: sessions are clean."""
         if self._download is not None:
-            self._carry_out(self._download.reconnected(now))
+            self._carry_out(self._download.reconnected(now), now)
 
     def next_wakeup(self) -> float | None:
         """When :meth:`tick` is due, monotonic seconds."""
@@ -105,17 +160,19 @@ class ModelCache:
 
     @property
     def share(self) -> float | None:
-        """How much of the model is here, 0-1; None when none is being fetched."""
+        """How much of the object is here, 0-1; None when none is being fetched."""
         return None if self._download is None else self._download.received / self._download.total
+
+    def _model(self, version: str) -> Path:
+        return self._folder / f"{version}{_MODEL}"
+
+    def _object(self, ref: ObjectRef) -> Path:
+        return self._folder / f"{ref.sha256}.object"
 
     def _part(self, ref: ObjectRef) -> Path:
         return self._folder / f"{ref.sha256}.part"
 
-    def _holds(self, ref: ObjectRef) -> bool:
-        path = self.path(ref.sha256)
-        return path.exists() and ref_of_file(path, ref.chunk_bytes) == ref
-
-    def _carry_out(self, commands: list[DownloadCommand]) -> None:
+    def _carry_out(self, commands: list[DownloadCommand], now: float) -> None:
         partial = self._partial
         assert partial is not None
         sha256 = partial.ref.sha256
@@ -128,11 +185,12 @@ class ModelCache:
                 case Write(index, payload):
                     partial.write(index, payload)
                 case Finished():
-                    self._finish(partial)
+                    self._finish(partial, now)
 
-    def _finish(self, partial: PartialObject) -> None:
+    def _finish(self, partial: PartialObject, now: float) -> None:
         self._download = self._partial = None
         # Digests that match every chunk but not the whole are refused for good: the signed plan itself is wrong.
-        partial.finish(self.path(partial.ref.sha256))
-        log.info("model_fetched", object=partial.ref.sha256[:12], bytes=partial.ref.length)
-        self._on_ready(partial.ref.sha256)
+        partial.finish(self._object(partial.ref))
+        log.info("object_fetched", object=partial.ref.sha256[:12], bytes=partial.ref.length)
+        self._waiting.remove(partial.ref)
+        self._next(now)

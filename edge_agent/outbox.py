@@ -17,6 +17,7 @@ from federation.errors import PeerError
 from federation.files import write_whole
 from federation.wire.codec import encode
 from federation.wire.messages import RoundPlan, TrainMetrics, UpdateOffer
+from federation.wire.noise import noise_bounds
 from federation.wire.objects import read_chunk
 from federation.wire.signing import Purpose, seal, unseal
 from federation.wire.transfer import cut_size, make_ref
@@ -52,6 +53,7 @@ class Outbox:
     def put(
         self,
         plan: RoundPlan,
+        base: Mapping[str, NDArray[np.float32]],
         delta: Mapping[str, NDArray[np.float32]],
         *,
         samples: int,
@@ -63,6 +65,7 @@ class Outbox:
 
         Args:
             plan: The round that it is for.
+            base: The model that the round starts from.
             delta: New minus base model, float32.
             samples: Its weight.
             metrics: Of the training.
@@ -76,13 +79,13 @@ class Outbox:
             ConfigError: If the disk is full, or the delta cannot be encoded.
         """
         self.clear()
-        data = encode(delta, plan.encoding, rng)
+        data = encode(delta, plan.up_encoding, rng, noise_bounds(base, delta, plan.max_noise))
         offer = UpdateOffer(
             run=plan.run,
             round=plan.round,
-            base=plan.base.sha256,
+            base=plan.base,
             object=make_ref(data, cut_size(len(data), chunk_bytes, self._preferred_chunk_bytes)),
-            encoding=plan.encoding,
+            encoding=plan.up_encoding,
             samples=samples,
             metrics=metrics,
         )

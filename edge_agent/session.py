@@ -13,7 +13,7 @@ it, and what could not be sent is sent after the next connect.
 from dataclasses import dataclass
 from enum import StrEnum
 
-from federation.wire.messages import Credit, IdlePlan, ObjectRef, Plan, Receipt, RoundPlan, UpdateOffer
+from federation.wire.messages import Credit, IdlePlan, Plan, Receipt, RoundPlan, UpdateOffer
 from federation.wire.transfer import Upload
 
 
@@ -38,9 +38,24 @@ class PlanArrived:
 
 @dataclass(frozen=True, slots=True)
 class BaseReady:
-    """The base model is on disk, its hash checked."""
+    """All that leads to this version of the global model is on disk, every hash checked."""
 
-    sha256: str
+    version: str
+
+
+@dataclass(frozen=True, slots=True)
+class BaseUnusable:
+    """What was fetched did not give the base model, and has been forgotten: there is another way to it.
+
+    Attributes:
+        run: In which it failed.
+        round: In which it failed.
+        reason: For people.
+    """
+
+    run: str
+    round: int
+    reason: str
 
 
 @dataclass(frozen=True, slots=True)
@@ -89,16 +104,26 @@ class Tick:
     """Time has passed."""
 
 
-Event = PlanArrived | BaseReady | UpdateReady | WorkFailed | CreditArrived | ReceiptArrived | LinkUp | Tick
+Event = (
+    PlanArrived
+    | BaseReady
+    | BaseUnusable
+    | UpdateReady
+    | WorkFailed
+    | CreditArrived
+    | ReceiptArrived
+    | LinkUp
+    | Tick
+)
 
 # --- commands -------------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True, slots=True)
 class Fetch:
-    """Bring the base model to disk."""
+    """Bring all that leads to the plan's base model to disk."""
 
-    ref: ObjectRef
+    plan: RoundPlan
 
 
 @dataclass(frozen=True, slots=True)
@@ -245,9 +270,12 @@ class Session:
         match event:
             case PlanArrived(plan):
                 return self._plan_arrived(plan, now)
-            case BaseReady(sha256) if self._busy(Phase.FETCHING) and self._plan_now.base.sha256 == sha256:
+            case BaseReady(version) if self._busy(Phase.FETCHING) and self._plan_now.base == version:
                 self.phase = Phase.TRAINING
                 return [Train(self._plan_now)]
+            case BaseUnusable(run, number) if self._busy(Phase.TRAINING) and self._is_for(run, number):
+                self.phase = Phase.FETCHING
+                return [Fetch(self._plan_now)]
             case UpdateReady(offer) if self._busy(Phase.TRAINING) and self._is_for(offer.run, offer.round):
                 return self._deliver(offer, now)
             case WorkFailed(run, number, reason) if self._is_for(run, number):
@@ -310,14 +338,14 @@ class Session:
         if (
             self.plan is not None
         ):  # announced again, or a later attempt of the round that this agent is working on
-            cut_anew = self.phase is Phase.FETCHING and plan.base != self.plan.base
+            offered, known = (plan.full, plan.deltas), (self.plan.full, self.plan.deltas)
             self.plan = plan
-            return [*commands, Fetch(plan.base)] if cut_anew else commands
+            return [*commands, Fetch(plan)] if self.phase is Phase.FETCHING and offered != known else commands
         self.plan = plan
         if self._pending is not None:
             return commands + self._deliver(self._pending, now)
         self.phase = Phase.FETCHING
-        return [*commands, Fetch(plan.base)]
+        return [*commands, Fetch(plan)]
 
     def _mark(self, run: str, number: int, *, done: bool) -> list[Command]:
         known = self._run, self._round, self._done == (run, number)

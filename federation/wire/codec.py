@@ -15,7 +15,8 @@ length is compared with what the schema allows before anything is allocated.
 
 import struct
 from collections.abc import Mapping
-from math import prod
+from math import inf, prod
+from types import MappingProxyType
 from typing import Annotated, Final, TypeAlias
 
 import msgspec
@@ -73,7 +74,12 @@ def schema_of(arrays: Mapping[str, NDArray[np.float32]]) -> Schema:
     return {name: array.shape for name, array in arrays.items()}
 
 
-def encode(delta: Mapping[str, NDArray[np.float32]], spec: str, rng: np.random.Generator) -> bytes:
+def encode(
+    delta: Mapping[str, NDArray[np.float32]],
+    spec: str,
+    rng: np.random.Generator,
+    noise: Mapping[str, float] = MappingProxyType({}),
+) -> bytes:
     """Write tensors as one frame, in the order of their names.
 
     A tensor that the encoding would not make smaller is sent as it is; one that is all zero takes no bytes.
@@ -82,6 +88,8 @@ def encode(delta: Mapping[str, NDArray[np.float32]], spec: str, rng: np.random.G
         delta: Tensors of any shape (0-d and empty ones too), float32.
         spec: The encoding, such as ``sq:16``.
         rng: For stochastic rounding. Seed it from the operating system where privacy depends on it.
+        noise: By tensor, the largest variance that an encoding that can be finer may add to a value, as a mean over the
+            tensor (``federation.wire.noise``); tensors that are not named have no bound.
 
     Returns:
         The frame, at most ``max_encoded_bytes(schema_of(delta), spec)`` bytes.
@@ -93,7 +101,7 @@ def encode(delta: Mapping[str, NDArray[np.float32]], spec: str, rng: np.random.G
     chosen = encoding_named(spec)
     entries, blobs = [], []
     for name in sorted(delta):
-        coded = _encode_tensor(name, delta[name], chosen, rng)
+        coded = _encode_tensor(name, delta[name], chosen, rng, noise.get(name, inf))
         entries.append(_Entry(name, delta[name].shape, coded.scheme, coded.parameters, len(coded.blob)))
         blobs.append(coded.blob)
     header = msgspec.msgpack.encode(_Header(spec, tuple(entries)))
@@ -164,7 +172,7 @@ def max_encoded_bytes(schema: Schema, spec: str) -> int:
 
 
 def _encode_tensor(
-    name: str, array: NDArray[np.float32], encoding: Encoding, rng: np.random.Generator
+    name: str, array: NDArray[np.float32], encoding: Encoding, rng: np.random.Generator, noise: float
 ) -> Coded:
     if array.dtype != np.float32:
         raise ConfigError(f"tensor {name!r} is {array.dtype}, only float32 is sent: exclude or convert it")
@@ -178,7 +186,7 @@ def _encode_tensor(
     if not peak:
         return Coded(ZERO.name, (), b"")
     raw = RAW.encode(values, peak, rng)
-    coded = encoding.encode(values, peak, rng)
+    coded = encoding.encode(values, peak, rng, noise)
     return raw if _cost(raw) <= _cost(coded) else coded
 
 

@@ -174,6 +174,8 @@ class RoundPlan(Wire, frozen=True, tag="round"):
         full: A version to start from with nothing at hand: ``base``, or one that ``deltas`` lead on from.
         deltas: The steps between consecutive versions, oldest first; the last one leads to ``base``.
         up_encoding: Of the updates.
+        max_noise: Most noise that an encoding may add to an update, as a share of the weights' power
+            (``federation.wire.noise``); 0 sets no bound. The receiver need not know what an agent made of it.
         cohort: The agents that take part, sorted.
         deadline_s: Seconds after ``issued_at`` at which the round closes.
         issued_at: Unix seconds by the aggregator's clock; informative, agents do not act on it.
@@ -189,6 +191,7 @@ class RoundPlan(Wire, frozen=True, tag="round"):
     full: FullModel
     deltas: Annotated[tuple[ModelDelta, ...], Meta(max_length=MAX_DELTAS)]
     up_encoding: Spec
+    max_noise: NonNegative
     cohort: Annotated[tuple[Name, ...], Meta(min_length=1, max_length=MAX_COHORT)]
     deadline_s: Positive
     issued_at: NonNegative

@@ -1,5 +1,6 @@
 """Stochastic rounding to a uniform grid, with a fixed number of bits for each value."""
 
+from math import inf
 from typing import Final
 
 import numpy as np
@@ -63,7 +64,13 @@ class Int8:
         """Bytes that a tensor takes, blob and parameter."""
         return self.max_bytes(array.size) + _PARAMETER_BYTES
 
-    def encode(self, array: Array, peak: float, rng: np.random.Generator) -> Coded:
+    def encode(
+        self,
+        array: Array,
+        peak: float,
+        rng: np.random.Generator,
+        noise: float = inf,  # noqa: ARG002 - see the protocol
+    ) -> Coded:
         """Round stochastically."""
         values = array.reshape(-1)
         step = max(np.float32(peak / self.levels), np.float32(SMALLEST_NORMAL))
@@ -124,7 +131,13 @@ class Int4:
         """Half a byte a value, two bytes a block."""
         return 2 * -(-count // self.block) + -(-count // 2)
 
-    def encode(self, array: Array, peak: float, rng: np.random.Generator) -> Coded:  # noqa: ARG002
+    def encode(
+        self,
+        array: Array,
+        peak: float,  # noqa: ARG002
+        rng: np.random.Generator,
+        noise: float = inf,  # noqa: ARG002 - see the protocol
+    ) -> Coded:
         """Find each block's step and round stochastically."""
         values = array.reshape(-1)
         steps = np.empty(-(-values.size // self.block), dtype="<u2")

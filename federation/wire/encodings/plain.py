@@ -1,6 +1,6 @@
 """Values as they are, in half precision, or not at all."""
 
-from math import frexp, ldexp
+from math import frexp, inf, ldexp
 
 import numpy as np
 
@@ -46,7 +46,13 @@ class Float32:
         """Four bytes a value."""
         return 4 * count
 
-    def encode(self, array: Array, peak: float, rng: np.random.Generator) -> Coded:  # noqa: ARG002
+    def encode(
+        self,
+        array: Array,
+        peak: float,  # noqa: ARG002
+        rng: np.random.Generator,  # noqa: ARG002
+        noise: float = inf,  # noqa: ARG002 - see the protocol
+    ) -> Coded:
         """Give the values as they are."""
         return Coded(self.name, (), array.reshape(-1).data.cast("B"))
 
@@ -78,7 +84,13 @@ class Float16:
         """Two bytes a value."""
         return 2 * count
 
-    def encode(self, array: Array, peak: float, rng: np.random.Generator) -> Coded:  # noqa: ARG002
+    def encode(
+        self,
+        array: Array,
+        peak: float,
+        rng: np.random.Generator,  # noqa: ARG002
+        noise: float = inf,  # noqa: ARG002 - see the protocol
+    ) -> Coded:
         """Shift and round to nearest."""
         values = array.reshape(-1)
         scale = max(ldexp(1.0, frexp(peak)[1] - 15), SMALLEST_NORMAL)

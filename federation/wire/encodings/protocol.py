@@ -4,7 +4,7 @@ An **encoding** is what a plan names (``sq:16``). It decides, tensor by tensor, 
 written. The schemes of one frame may differ, since what suits a matrix does not suit a bias of ten values.
 """
 
-from math import isfinite
+from math import inf, isfinite
 from typing import Final, NamedTuple, Protocol, TypeAlias
 
 import numpy as np
@@ -96,13 +96,21 @@ class Encoding(Protocol):
     @property
     def schemes(self) -> tuple[Scheme, ...]: ...  # noqa: D102
 
-    def encode(self, array: Array, peak: float, rng: np.random.Generator) -> Coded:
+    def encode(
+        self,
+        array: Array,
+        peak: float,
+        rng: np.random.Generator,
+        noise: float = inf,
+    ) -> Coded:
         """Encode finite values.
 
         Args:
             array: One tensor, C-contiguous, not empty, not all zero.
             peak: Their largest magnitude.
             rng: For stochastic rounding and rotations.
+            noise: Largest variance that may be added to a value, as a mean over the tensor. A bound for encodings that
+                can choose how coarse they are (``sq``); others have the error that they have.
 
         Returns:
             Scheme, parameters and blob. The frame sends the values as float32 where this is not shorter.

@@ -1,6 +1,7 @@
 """``sq``: stochastic rounding to a coarse grid, entropy-coded. The default."""
 
 import struct
+from math import inf, sqrt
 from typing import Final
 
 import numpy as np
@@ -93,6 +94,10 @@ class Sq:
     communication-efficient distributed optimization, section 3.1) where all |x| are below the step: the probability to
     be sent is proportional to the magnitude. Beyond that it is QSGD's rounding (Alistarh et al. 2017, section 3.1).
 
+    Where the caller bounds the noise, the step is made as fine as it takes: ``step <= max(noise / E|x|, 2 sqrt(noise))``.
+    In the first rounds, when updates are as large as the weights, a grid of 16 RMS would drown these: see
+    ``federation.wire.noise``.
+
     Args:
         step: c, in units of the RMS. Larger is shorter and noisier.
     """
@@ -109,18 +114,27 @@ class Sq:
         """Itself, and ``int8``."""
         return (SQ, INT8)
 
-    def encode(self, array: Array, peak: float, rng: np.random.Generator) -> Coded:
+    def encode(
+        self,
+        array: Array,
+        peak: float,
+        rng: np.random.Generator,
+        noise: float = inf,
+    ) -> Coded:
         """Round to the grid and code the gaps, unless ``int8`` is not longer."""
         if not INT8.suits(array):
-            blob = self._encode(array.reshape(-1), peak, rng)
+            blob = self._encode(array.reshape(-1), peak, rng, noise)
             if len(blob) <= SQ.max_bytes(array.size):
                 return Coded(SQ.name, (), blob)
         return INT8.encode(array, peak, rng)
 
-    def _encode(self, values: Values, peak: float, rng: np.random.Generator) -> bytes:
+    def _encode(self, values: Values, peak: float, rng: np.random.Generator, noise: float) -> bytes:
+        # With f the fraction of |x| / step, a value gets the variance f (1 - f) step^2, which is at most |x| step and at
+        # most step^2 / 4: either of these steps keeps within the bound.
+        quiet = inf if noise == inf else max(noise / _mean_magnitude(values), 2.0 * sqrt(noise))
         # The largest magnitude stays on the grid, also of a tensor that is zero but for a few values.
         step = np.float32(
-            max(self._step * _rms(values, peak), peak / _LEVELS * (1 + 2.0**-22), SMALLEST_NORMAL)
+            max(min(self._step * _rms(values, peak), quiet), peak / _LEVELS * (1 + 2.0**-22), SMALLEST_NORMAL)
         )
         found, units = [], []
         for at in range(0, values.size, BLOCK):
@@ -133,6 +147,12 @@ class Sq:
         largest = int(magnitudes.max(initial=0))
         gaps, low = write_gaps(positions, magnitudes if largest > 1 else None, values.size)
         return b"".join((_STEP.pack(step), gaps, low, np.packbits(integers < 0).tobytes()))
+
+
+def _mean_magnitude(values: Values) -> float:
+    blocks = range(0, values.size, BLOCK)
+    total = sum(float(np.abs(values[at : at + BLOCK]).sum(dtype=np.float64)) for at in blocks)
+    return total / values.size
 
 
 def _rms(values: Values, peak: float) -> float:

@@ -1,6 +1,7 @@
 """``topk``: the few largest values. Biased, so the rest must be kept and added to the next update: error feedback."""
 
 import struct
+from math import inf
 from typing import Final
 
 import numpy as np
@@ -80,7 +81,13 @@ class TopK:
         """Itself, and ``int8``."""
         return (TOPK, INT8)
 
-    def encode(self, array: Array, peak: float, rng: np.random.Generator) -> Coded:
+    def encode(
+        self,
+        array: Array,
+        peak: float,
+        rng: np.random.Generator,
+        noise: float = inf,  # noqa: ARG002 - see the protocol
+    ) -> Coded:
         """Choose, round, code the gaps, unless ``int8`` is not longer."""
         if not INT8.suits(array):
             blob = self._encode(array.reshape(-1), peak)
