@@ -301,7 +301,9 @@ class Agent:
             case AgentTopic(self._name, "credit"):
                 return CreditArrived(decode_msgpack(message.payload, Credit))
             case AgentTopic(self._name, "receipt"):
-                return ReceiptArrived(self._unseal(message.payload, Receipt, Purpose.RECEIPT))
+                receipt = self._unseal(message.payload, Receipt, Purpose.RECEIPT)
+                self._outbox.settle(receipt)
+                return ReceiptArrived(receipt)
             case AgentTopic(self._name, "state") if message.payload:
                 self._own_state(decode_json(message.payload, AgentState), retained=message.retain)
         return None

@@ -6,8 +6,8 @@ Only for encodings that need it (``Encoding.stateful``). Stich et al. 2018 (Spar
 
 ::
 
-    STATE/feedback/residual         in effect: it belongs to the last update that the aggregator took
-    STATE/feedback/next-{sha256}    written before the update of that digest, in effect once a receipt accepts it
+    FOLDER/residual         in effect: it belongs to the last update that the aggregator took
+    FOLDER/next-{sha256}    written before the update of that digest, in effect once a receipt accepts it
 
 If a receipt refuses the update, the former residual stays in effect. If there is none (the round closed meanwhile),
 nobody knows whether the update counted: both are dropped, since what is lost is late at worst, but what is sent twice is
@@ -69,7 +69,7 @@ class Feedback:
     """The residual of one device.
 
     Args:
-        folder: ``STATE/feedback``; made when there is something to keep.
+        folder: In the agent's state; made when there is something to keep.
     """
 
     def __init__(self, folder: Path) -> None:
@@ -124,6 +124,16 @@ class Feedback:
             staged.unlink()
         sync_folder(self._folder)
 
+    def drop(self, reason: str) -> None:
+        """Forget the residual that is in effect.
+
+        Args:
+            reason: For the log.
+        """
+        if self._residual.exists():
+            self._residual.unlink()
+            log.info("residual_dropped", reason=reason)
+
     def abandon(self) -> None:
         """Drop an update's residual that no receipt has settled, and with it the former one that went into the update."""
         unsettled = list(self._folder.glob("next-*"))
@@ -145,6 +155,5 @@ class Feedback:
             reason = "it belongs to another run, model, encoding or privacy"
         except PeerError as error:  # other shapes, a damaged disk
             reason = str(error)
-        self._residual.unlink()
-        log.info("residual_dropped", reason=reason)
+        self.drop(reason)
         return None

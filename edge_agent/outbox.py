@@ -4,6 +4,7 @@
 
     STATE/outbox/update    the encoded delta
     STATE/outbox/offer     the signed offer; written last: without it the update is a leftover
+    STATE/outbox/feedback  what encodings left out (:mod:`edge_agent.feedback`)
 """
 
 from collections.abc import Mapping
@@ -13,10 +14,12 @@ import numpy as np
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 from numpy.typing import NDArray
 
+from edge_agent.feedback import Feedback, FeedbackKey
 from federation.errors import PeerError
 from federation.files import write_whole
-from federation.wire.codec import encode
-from federation.wire.messages import RoundPlan, TrainMetrics, UpdateOffer
+from federation.wire.codec import decode, encode, schema_of
+from federation.wire.encodings import encoding_named
+from federation.wire.messages import Receipt, RoundPlan, TrainMetrics, UpdateOffer
 from federation.wire.noise import noise_bounds
 from federation.wire.objects import read_chunk
 from federation.wire.signing import Purpose, seal, unseal
@@ -47,6 +50,7 @@ class Outbox:
         self._update, self._offer = folder / "update", folder / "offer"
         for leftover in folder.glob(".*"):  # power loss in the middle of a write
             leftover.unlink()
+        self._feedback = Feedback(folder / "feedback")
         self._federation, self._agent, self._key = federation, agent, key
         self._preferred_chunk_bytes = preferred_chunk_bytes
 
@@ -60,6 +64,7 @@ class Outbox:
         metrics: TrainMetrics,
         rng: np.random.Generator,
         chunk_bytes: int,
+        private: bool = False,
     ) -> UpdateOffer:
         """Encode, sign and store an update.
 
@@ -71,6 +76,7 @@ class Outbox:
             metrics: Of the training.
             rng: Drives stochastic rounding.
             chunk_bytes: The largest into which it may be cut.
+            private: Whether the training was private: what an encoding leaves out stays on its side.
 
         Returns:
             The offer that was signed.
@@ -79,6 +85,12 @@ class Outbox:
             ConfigError: If the disk is full, or the delta cannot be encoded.
         """
         self.clear()
+        kept = FeedbackKey(run=plan.run, model=plan.task.model, encoding=plan.up_encoding, private=private)
+        stateful = encoding_named(plan.up_encoding).stateful
+        if stateful:
+            delta = self._feedback.corrected(delta, kept)
+        else:
+            self._feedback.drop("the encoding needs none")
         data = encode(delta, plan.up_encoding, rng, noise_bounds(base, delta, plan.max_noise))
         offer = UpdateOffer(
             run=plan.run,
@@ -92,6 +104,11 @@ class Outbox:
         sealed = seal(
             offer, purpose=Purpose.AGENT, federation=self._federation, sender=self._agent, key=self._key
         )
+        if stateful:
+            sent = decode(data, schema_of(delta), plan.up_encoding)
+            self._feedback.stage(
+                offer.object.sha256, kept, {name: array - sent[name] for name, array in delta.items()}
+            )
         write_whole(self._update, data)
         write_whole(self._offer, sealed)
         return offer
@@ -121,7 +138,12 @@ class Outbox:
         """One chunk of the update."""
         return read_chunk(self._update, offer.object, index)
 
+    def settle(self, receipt: Receipt) -> None:
+        """Take note of what a receipt says, before the update is forgotten: what it left out comes into effect or not."""
+        self._feedback.settle(receipt.sha256, accepted=receipt.accepted)
+
     def clear(self) -> None:
         """Forget the update."""
         self._offer.unlink(missing_ok=True)
         self._update.unlink(missing_ok=True)
+        self._feedback.abandon()
