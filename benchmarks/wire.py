@@ -1,0 +1,122 @@
+"""Bytes against accuracy: what each encoding saves and costs, and what a real federation saves at its connections.
+
+The table trains in simulation, in which updates and models pass through the product's codec. The ratios are of real
+processes: an aggregator with its broker, and five devices behind counting proxies.
+"""
+
+from contextlib import ExitStack
+from dataclasses import dataclass
+from pathlib import Path
+
+from aggregator.config import AggregatorConfig
+from aggregator.versions import WHOLE
+from benchmarks import subset
+from benchmarks.fleets import Fleet, Run
+from benchmarks.observer import Observer
+from benchmarks.processes import Children
+from benchmarks.proxy import CountingProxy, Traffic
+from benchmarks.rounds import AGENTS
+from benchmarks.runner import Options, Results, main, say
+from benchmarks.wire_table import table
+
+QUESTION = "what do encodings save on the wire, and what do they cost in accuracy?"
+PARTS = ("table", "broker")
+
+BROKER_TIMEOUT_S = 1800.0
+
+
+@dataclass(frozen=True, slots=True)
+class Moved:
+    """Bytes of one device, TCP payload, mean over the devices.
+
+    Attributes:
+        round: In one round, mean over all but the first.
+        whole: From the first connection to the end of the last round.
+    """
+
+    round: Traffic
+    whole: Traffic
+
+
+def measure(options: Options, results: Results) -> None:
+    """Run the parts that were asked for."""
+    data, suffix = (subset.SPEC, "") if subset.folder() else ("digits", "_digits")
+    if suffix:
+        say(
+            "no MNIST: the built-in digits are used, and all keys end in _digits. Set FEDGE_DATA to have MNIST"
+        )
+    if "table" in options.parts:
+        table(options, data, suffix, results)
+    if "broker" in options.parts:
+        with Children(options.folder / "logs") as children:
+            broker(children, options, data, suffix, results)
+
+
+def broker(children: Children, options: Options, data: str, suffix: str, results: Results) -> None:
+    """One real federation in the default encodings, and one in float32 with whole models."""
+    rounds = 5 if options.quick else 10
+    plain = moved(children, options.folder / "plain", data, rounds, "float32", WHOLE)
+    config = AggregatorConfig()
+    up, down = config.up_encoding, config.down_encoding
+    ours = moved(children, options.folder / "default", data, rounds, up, down)
+    how = f"TCP payload of a device in a round, mean over {AGENTS} devices and rounds 2 to {rounds}"
+    for key, side, encodings in (
+        ("float32", plain, "float32 and whole models"),
+        ("default", ours, f"{up} and {down}"),
+    ):
+        results.add(f"up_kb_{key}{suffix}", side.round.up / 1000, "KB", f"{encodings}: {how}, up")
+        results.add(f"down_kb_{key}{suffix}", side.round.down / 1000, "KB", f"{encodings}: {how}, down")
+        whole = (side.whole.up + side.whole.down) / 1000
+        results.add(
+            f"run_kb_{key}{suffix}",
+            whole,
+            "KB",
+            f"{encodings}: both directions, {rounds} rounds with the first model",
+        )
+    ratio = f"float32 / default ({up} up, {down} down)"
+    results.add(f"up_ratio{suffix}", plain.round.up / ours.round.up, "x", f"{ratio}: {how}, up")
+    results.add(f"down_ratio{suffix}", plain.round.down / ours.round.down, "x", f"{ratio}: {how}, down")
+    results.add(f"total_ratio{suffix}", _both(plain.round) / _both(ours.round), "x", f"{ratio}: {how}, both")
+    results.add(
+        f"run_ratio{suffix}",
+        _both(plain.whole) / _both(ours.whole),
+        "x",
+        f"{ratio}: the whole run of {rounds} rounds, from the first connection on, with the first model",
+    )
+
+
+def moved(children: Children, folder: Path, data: str, rounds: int, up: str, down: str) -> Moved:
+    """Run a federation of real processes and count at the devices' connections."""
+    say(f"{AGENTS} agents as processes, cnn, {rounds} rounds: {up} up, {down} down")
+    run = Run("cnn", data, rounds, AGENTS, settings={"up_encoding": up, "down_encoding": down})
+    fleet = Fleet(children, folder, run)
+    with Observer() as observer, ExitStack() as proxies:
+        names = [f"agent-{number}" for number in range(1, AGENTS + 1)]
+        agents = []
+        for number, name in enumerate(names, 1):
+            way = proxies.enter_context(CountingProxy(fleet.port))
+            observer.count(name, way)
+            agents.append(
+                fleet.start(fleet.enroll(name, port=way.port), f"{data}@iid,agent={number}/{AGENTS}")
+            )
+        server = fleet.serve()
+        done = fleet.finish(server, BROKER_TIMEOUT_S)
+        first, last = done[0].row.closed_at, done[-1].row.closed_at
+        assert first is not None
+        assert last is not None
+        steady = sum((observer.bytes_between(name, first, last) for name in names), Traffic())
+        whole = sum((observer.bytes_between(name, 0, last) for name in names), Traffic())
+        children.stop(server, *agents)
+    return Moved(_share(steady, AGENTS * (rounds - 1)), _share(whole, AGENTS))
+
+
+def _share(traffic: Traffic, of: int) -> Traffic:
+    return Traffic(round(traffic.up / of), round(traffic.down / of))
+
+
+def _both(traffic: Traffic) -> int:
+    return traffic.up + traffic.down
+
+
+if __name__ == "__main__":
+    main("wire", QUESTION, measure, PARTS)
