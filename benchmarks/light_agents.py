@@ -19,7 +19,7 @@ from edge_agent.telemetry import capabilities
 from edge_agent.training import Trained
 from federation.bundle import read_bundle
 from federation.logs import configure
-from federation.wire.messages import RoundPlan, TrainMetrics
+from federation.wire.messages import RoundPlan, TaskSpec, TrainMetrics
 
 SAMPLES = 100
 
@@ -50,6 +50,10 @@ class RandomTrainer:
                 }
         metrics = TrainMetrics(loss=0.0, accuracy=0.0, steps=1, train_s=0.0)
         return Trained(self._delta, SAMPLES, metrics)
+
+    def initial(self, task: TaskSpec, seed: int) -> Arrays:  # noqa: ARG002 - the interface of a trainer
+        """Build nothing, which is no version of any model: the full one is fetched."""
+        return {}
 
 
 def main(bundles: Sequence[str]) -> None:

@@ -44,7 +44,7 @@ _CAPABLE = Capabilities(
     threads=1,
     memory_mb=1,
     samples=100,
-    encodings=("float32", "float16", "int8"),
+    encodings=("float32", "float16", "int8", "sq"),
     platform="test",
 )
 
@@ -150,9 +150,9 @@ class Device:
         return UpdateOffer(
             run=plan.run,
             round=plan.round,
-            base=plan.base.sha256,
+            base=plan.base,
             object=make_ref(data, CHUNK_BYTES),
-            encoding=plan.encoding,
+            encoding=plan.up_encoding,
             samples=samples,
             metrics=TrainMetrics(loss=1.0, accuracy=0.5, steps=1, train_s=0.1),
         )

@@ -18,6 +18,7 @@ from urllib.parse import parse_qs, urlsplit
 import msgspec
 import numpy as np
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey, Ed25519PublicKey
+from independent_frame import read_frame
 from numpy.typing import NDArray
 from paho.mqtt.client import Client, MQTTMessage
 from paho.mqtt.enums import CallbackAPIVersion, MQTTProtocolVersion
@@ -45,13 +46,17 @@ class IndependentClient:
         encodings: That it says it can write.
     """
 
-    def __init__(self, bundle: Fields, encodings: tuple[str, ...] = ("float32", "float16", "int8")) -> None:
+    def __init__(
+        self, bundle: Fields, encodings: tuple[str, ...] = ("float32", "float16", "int8", "sq")
+    ) -> None:
         self._federation, self._agent = bundle["federation"], bundle["agent"]
         self._key = Ed25519PrivateKey.from_private_bytes(bytes.fromhex(bundle["private_key"]))
         self._aggregator = Ed25519PublicKey.from_public_bytes(bytes.fromhex(bundle["aggregator_key"]))
         self._root = f"fedge/1/{self._federation}"
         self._mine = f"{self._root}/agent/{self._agent}"
         self._encodings = encodings
+        self._held: tuple[str, Tensors] = "", {}
+        self.deltas_applied = 0
         self._session = secrets.token_hex(8)
         self._heard: queue.SimpleQueue[tuple[str, bytes]] = queue.SimpleQueue()
         self._plan: Fields | None = None
@@ -184,9 +189,23 @@ class IndependentClient:
         return whole
 
     def base_model(self, plan: Fields) -> Tensors:
-        """The base model, its tensors sorted by name."""
-        tensors = load(self.download(plan["base"]))
-        return {name: tensors[name] for name in sorted(tensors)}
+        """The base model, its tensors sorted by name: by deltas from the last one if they lead there, else from the full
+        model. Nothing is built from a seed: this device has no PyTorch.
+        """
+        versions = [delta["base"] for delta in plan["deltas"]] + [plan["base"]]
+        held, model = self._held
+        if held not in versions:
+            held = plan["full"]["version"]
+            tensors = load(self.download(plan["full"]["object"]))
+            model = {name: tensors[name] for name in sorted(tensors)}
+            assert version_of(model) == held
+        for delta in plan["deltas"][versions.index(held) :]:
+            change = read_frame(self.download(delta["object"]))
+            model = {name: array + change[name] for name, array in model.items()}
+            self.deltas_applied += 1
+        assert version_of(model) == plan["base"]
+        self._held = plan["base"], model
+        return model
 
     # --- section 9: delivering ----------------------------------------------------------------------------------
 
@@ -204,9 +223,9 @@ class IndependentClient:
             "type": "offer",
             "run": plan["run"],
             "round": plan["round"],
-            "base": plan["base"]["sha256"],
+            "base": plan["base"],
             "object": ref,
-            "encoding": plan["encoding"],
+            "encoding": plan["up_encoding"],
             "samples": samples,
             "metrics": {"loss": 0.5, "accuracy": 0.5, "steps": 1, "train_s": 0.1},
         }
@@ -259,3 +278,12 @@ class IndependentClient:
         if topic == f"{self._root}/plan":
             self._plan = self._unseal(payload, "plan")
         return topic, payload
+
+
+def version_of(model: Tensors) -> str:
+    """The digest of a version of the global model (section 8)."""
+    names = sorted(model)
+    digest = sha256(msgspec.msgpack.encode([[name, list(model[name].shape)] for name in names]))
+    for name in names:
+        digest.update(model[name].astype("<f4").tobytes())
+    return digest.hexdigest()

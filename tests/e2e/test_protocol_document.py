@@ -17,19 +17,20 @@ from independent_client import Fields, IndependentClient, Refused, Tensors
 from independent_frame import write_frame
 from safetensors.numpy import load_file
 
-ALLOWED = {"msgspec", "cryptography", "numpy", "paho", "safetensors"}
+ALLOWED = {"msgspec", "cryptography", "numpy", "paho", "safetensors", "independent_frame"}
 ENVIRONMENT = os.environ | {"OMP_NUM_THREADS": "1"}
 END_S = 60.0
 
-TOLERANCE = {"float32": 0.0, "float16": 2.0**-11, "int8": 1 / 127}
-"""Largest error of a value, relative to the tensor's largest magnitude; docs/protocol.md, section 10."""
+TOLERANCE = {"float32": 0.0, "float16": 2.0**-11, "int8": 1 / 127, "sq:0.5": 1.0}
+"""Largest error of a value, relative to the tensor's largest magnitude; docs/protocol.md, section 10. For ``sq:0.5``: one
+step of half the RMS up and one down, and the RMS is at most the largest magnitude."""
 
 
 def command(*arguments: object) -> list[str]:
     return [sys.executable, "-m", "aggregator.cli", *map(str, arguments)]
 
 
-@pytest.fixture(params=["float32", "float16", "int8"])
+@pytest.fixture(params=list(TOLERANCE))
 def encoding(request: pytest.FixtureRequest) -> str:
     return str(request.param)
 
@@ -46,7 +47,13 @@ def served(tmp_path: Path, encoding: str) -> Iterator[Served]:
     common = ("--federation", "doc", "--state", tmp_path / "state", "--listen", listen)
     path = tmp_path / "stranger.json"
     subprocess.run(command("enroll", "stranger", *common, "-o", path), check=True, env=ENVIRONMENT)
-    rounds = ("--data", "digits", "--rounds", 2, "--min-agents", 1, "--encoding", encoding)
+    rounds = ("--data", "digits", "--rounds", 2, "--min-agents", 1, "--up-encoding", encoding)
+    way_down = (
+        "--down-encoding",
+        encoding if encoding.startswith("sq") else "float32",
+        "--set",
+        "max_noise=0",
+    )
     small = (
         "--set",
         "broker.chunk_bytes=4096",
@@ -56,7 +63,9 @@ def served(tmp_path: Path, encoding: str) -> Iterator[Served]:
         "rounds.max_samples=500",
     )
     with (tmp_path / "serve.log").open("wb") as log:
-        serve = subprocess.Popen(command("serve", *common, *rounds, *small), stderr=log, env=ENVIRONMENT)
+        serve = subprocess.Popen(
+            command("serve", *common, *rounds, *way_down, *small), stderr=log, env=ENVIRONMENT
+        )
     try:
         yield json.loads(path.read_text()), serve
     finally:
@@ -95,7 +104,7 @@ def test_a_client_written_from_the_document_takes_part(served: Served, encoding:
     client.start()
     try:
         plan = client.wait_for_round()
-        assert plan["encoding"] == encoding
+        assert plan["up_encoding"] == encoding
         base = client.base_model(plan)
         first = learned(base, 1)
         frame = write_frame(first, encoding)
@@ -103,12 +112,13 @@ def test_a_client_written_from_the_document_takes_part(served: Served, encoding:
         with pytest.raises(Refused, match="bad_sample_count"):
             client.deliver(plan, frame, samples=501)
         with pytest.raises(Refused, match="wrong_base"):
-            client.deliver(plan | {"base": plan["base"] | {"sha256": "0" * 64}}, frame)
+            client.deliver(plan | {"base": "0" * 64}, frame)
         receipt = client.deliver(plan, frame)
         assert (receipt["accepted"], receipt["code"]) == (True, None)
         while (plan := client.wait_for_round())["round"] == 1:
             client._hear(float("inf"), until=0.0)
         after = client.base_model(plan)
+        assert client.deltas_applied == 1
         for name, array in base.items():
             error = np.abs(after[name] - (array + first[name])).max(initial=0.0)
             rounding = float(np.finfo(np.float32).eps) * float(np.abs(array).max() + 1)

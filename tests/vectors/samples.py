@@ -12,6 +12,8 @@ RUN = "0123456789abcdef"
 SESSION = "fedcba9876543210"
 
 BASE = transfer.make_ref(bytes(range(256)) * 2, 200)
+DELTA = transfer.make_ref(b"delta" * 20, 64)
+EARLIER, VERSION = "1" * 64, "2" * 64
 UPDATE = transfer.make_ref(b"update" * 20, 64)
 
 TASK = messages.TaskSpec(
@@ -20,9 +22,9 @@ TASK = messages.TaskSpec(
 OFFER = messages.UpdateOffer(
     run=RUN,
     round=3,
-    base=BASE.sha256,
+    base=VERSION,
     object=UPDATE,
-    encoding="int8",
+    encoding="sq:16",
     samples=600,
     metrics=messages.TrainMetrics(loss=0.25, accuracy=0.9375, steps=19, train_s=1.5),
 )
@@ -34,8 +36,11 @@ MSGPACK: dict[str, messages.Wire] = {
         attempt=1,
         task=TASK,
         train=messages.TrainSpec(),
-        base=BASE,
-        encoding="int8",
+        base=VERSION,
+        full=messages.FullModel(version=EARLIER, object=BASE, seed=7),
+        deltas=(messages.ModelDelta(base=EARLIER, object=DELTA, encoding="sq:4"),),
+        up_encoding="sq:16",
+        max_noise=0.06,
         cohort=("pi1", "pi2"),
         deadline_s=600.0,
         issued_at=1750000000.0,

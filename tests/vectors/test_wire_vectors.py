@@ -27,6 +27,9 @@ def structs_in(value: Any) -> Iterator[type]:
         yield type(value)
         for field in type(value).__struct_fields__:
             yield from structs_in(getattr(value, field))
+    elif isinstance(value, tuple):
+        for item in value:
+            yield from structs_in(item)
 
 
 @pytest.mark.parametrize("name", sorted(vectors().keys() | COMMITTED.keys()))
