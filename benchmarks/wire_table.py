@@ -3,7 +3,7 @@
 import json
 import multiprocessing
 import os
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import asdict
 from hashlib import sha256
@@ -111,7 +111,7 @@ def table(options: Options, data: str, suffix: str, results: Results) -> None:
         )
         say("|---|---|---|---|---|---|---|---|---|")
         for pair in dict.fromkeys(pairs):
-            row = Row(pair, partition, [s for s in settings if s.partition == partition], kept.outcomes)
+            row = Row(pair, [s for s in settings if s.partition == partition], kept.outcomes)
             say(row.markdown())
             key = ("" if partition == IID else "_uneven") + suffix
             how = f"{pair[0]} up, {pair[1]} down, {partition}; {scope}"
@@ -128,15 +128,12 @@ class Row:
 
     Args:
         pair: It.
-        partition: The kind of shares.
-        settings: Of this partition.
+        settings: Of one kind of shares.
         outcomes: At least this pair's and the baseline's.
     """
 
-    def __init__(
-        self, pair: Pair, partition: str, settings: Sequence[Setting], outcomes: dict[Setting, Outcome]
-    ) -> None:
-        self._pair, self.partition = pair, partition
+    def __init__(self, pair: Pair, settings: Sequence[Setting], outcomes: Mapping[Setting, Outcome]) -> None:
+        self._pair = pair
         self._runs = [outcomes[setting] for setting in settings if (setting.up, setting.down) == pair]
         plain = [outcomes[setting] for setting in settings if (setting.up, setting.down) == BASELINE]
         self._gaps = [run.top1 - other.top1 for run, other in zip(self._runs, plain, strict=True)]
