@@ -104,7 +104,7 @@ class GapReader:
 
     Args:
         blob: ``low``, Deflate, tail; from anywhere.
-        count: Of all integers: no position is beyond, and no more than four times as many symbols are inflated.
+        count: Of all integers: no position is beyond, and no more than six times as many symbols are inflated.
 
     Attributes:
         size: How many non-zero integers there are.
@@ -180,8 +180,11 @@ class GapReader:
 
 
 def most_symbols(count: int) -> int:
-    """More than any encoder writes: the magnitudes of ``sq:0.5``, the finest, sum up to less than 3 a value."""
-    return 4 * count
+    """More than any encoder writes.
+
+    The magnitudes of ``sq`` sum up to less than 5 a value, its step being at least a quarter of the RMS.
+    """
+    return 6 * count
 
 
 def plane_bytes(size: int) -> int:

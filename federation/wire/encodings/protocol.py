@@ -4,7 +4,7 @@ An **encoding** is what a plan names (``sq:16``). It decides, tensor by tensor, 
 written. The schemes of one frame may differ, since what suits a matrix does not suit a bias of ten values.
 """
 
-from math import inf, isfinite
+from math import inf, isfinite, sqrt
 from typing import Final, NamedTuple, Protocol, TypeAlias
 
 import numpy as np
@@ -155,6 +155,22 @@ def check_finite(values: Values) -> None:
     # Extremes instead of isfinite(): no mask to allocate, and NaN propagates through both.
     if not (np.isfinite(values.max()) and np.isfinite(values.min())):
         raise PeerError(Rejection.NON_FINITE, "a value is NaN or infinite")
+
+
+def root_mean_square(values: Values, peak: float) -> float:
+    """Of all values.
+
+    Args:
+        values: Not empty.
+        peak: Their largest magnitude.
+    """
+    whole = max(peak, SMALLEST_PEAK)
+    total = 0.0
+    for at in range(0, values.size, BLOCK):
+        # In units of the peak nothing overflows, and blocks add up in float64.
+        block = values[at : at + BLOCK] * np.float32(1 / whole)
+        total += float(np.dot(block, block))
+    return whole * sqrt(total / values.size)
 
 
 def uniform_16_bit(count: int, rng: np.random.Generator) -> NDArray[np.uint16]:

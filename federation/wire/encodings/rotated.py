@@ -15,7 +15,7 @@ Expected squared error in units of <x, x>, for Gaussian coordinates: ``1 / rho^2
 
 import struct
 from abc import ABC, abstractmethod
-from math import inf
+from math import inf, sqrt
 from statistics import NormalDist
 from typing import Any, Final
 
@@ -35,6 +35,7 @@ from federation.wire.encodings.protocol import (
     Values,
     check_length,
     check_scale,
+    root_mean_square,
 )
 from federation.wire.encodings.rotation import (
     SEED_BYTES,
@@ -46,6 +47,11 @@ from federation.wire.encodings.rotation import (
 )
 
 _UNIT: Final = struct.Struct("<f")
+
+_LARGEST_SHARE: Final = 0.5
+"""Beyond it the error of ``ternary`` hardly falls."""
+
+_SHARE_PRECISION: Final = 1.01
 _SCALE_LEVELS: Final = 255
 
 
@@ -282,3 +288,32 @@ class Ternary(_RotatedEncoding):
 
     def __init__(self, share: float) -> None:
         super().__init__(TernaryScheme(share), f"ternary:{share:g}")
+        self._share = share
+
+    def encode(self, array: Array, peak: float, rng: np.random.Generator, noise: float = inf) -> Coded:
+        """Rotate and quantize, with a larger share where the noise would be above its bound."""
+        if noise == inf or INT8.suits(array):
+            return super().encode(array, peak, rng)
+        rms = root_mean_square(array.reshape(-1), peak)
+        share = self._share_within(noise / rms**2 if rms**2 > 0 else inf)
+        if share > _LARGEST_SHARE:
+            return INT8.encode(array, peak, rng)
+        return _RotatedEncoding(TernaryScheme(share), self.spec).encode(array, peak, rng)
+
+    def _share_within(self, error: float) -> float:
+        """The smallest share, at least that of the plan, whose error is within ``error``; above the largest if none is."""
+        low, high = self._share, _LARGEST_SHARE
+        if ternary_error(low) <= error:
+            return low
+        if ternary_error(high) > error:
+            return inf
+        while high / low > _SHARE_PRECISION:
+            middle = sqrt(low * high)
+            low, high = (low, middle) if ternary_error(middle) <= error else (middle, high)
+        return high
+
+
+def ternary_error(share: float) -> float:
+    """Expected squared error of :class:`Ternary` in units of the squared norm: ``share / (4 phi(z)^2) - 1``."""
+    normal = NormalDist()
+    return share / (4 * normal.pdf(normal.inv_cdf(1 - share / 2)) ** 2) - 1

@@ -2,7 +2,6 @@
 
 from collections.abc import Callable
 from math import log2
-from statistics import NormalDist
 
 import numpy as np
 import pytest
@@ -12,6 +11,7 @@ from federation.errors import ConfigError
 from federation.wire.codec import decode, encode, max_encoded_bytes, schema_of
 from federation.wire.encodings import ENCODINGS, encoding_named
 from federation.wire.encodings.grid import INT8, Int4
+from federation.wire.encodings.rotated import ternary_error
 from federation.wire.encodings.rotation import hadamard, layout_of, signs_of
 from federation.wire.encodings.sq import SQ
 
@@ -126,10 +126,23 @@ def test_rotations_have_the_error_of_the_gaussian_limit(
 
 
 def test_the_promised_error_of_ternary_is_its_formula() -> None:
-    normal = NormalDist()
-    for share, expected in ((0.04, 3.2656), (0.01, 10.957)):
-        z = normal.inv_cdf(1 - share / 2)
-        assert share / (4 * normal.pdf(z) ** 2) - 1 == pytest.approx(expected, rel=1e-3)
+    assert ternary_error(0.04) == pytest.approx(3.2656, rel=1e-3)
+    assert ternary_error(0.01) == pytest.approx(10.957, rel=1e-3)
+
+
+@pytest.mark.parametrize("spec", ["sq:16", "ternary:0.01"])
+@pytest.mark.parametrize("bound", [20.0, 3.0, 1.0, 0.3, 0.1, 0.01, 1e-4, 1e-9, 0.0])
+def test_noise_stays_within_its_bound(spec: str, bound: float, rng: np.random.Generator) -> None:
+    values = update_like(rng)
+    power = float((values.astype(np.float64) ** 2).mean())
+    frame = encode({"x": values}, spec, rng, {"x": bound * power})
+    assert len(frame) <= max_encoded_bytes({"x": values.shape}, spec)
+    error = squared_error(values, decode(frame, {"x": values.shape}, spec)["x"])
+    finest = 0.25 * (np.abs(values).max() / 127) ** 2 / power  # that of int8, which is all there is below
+    assert error <= max(1.15 * bound, finest)
+    free = encode({"x": values}, spec, rng)
+    if bound == 20:
+        assert len(frame) == pytest.approx(len(free), rel=0.05), "a bound out of reach changes nothing"
 
 
 @pytest.mark.parametrize("step", [1, 2, 4, 16, 64])
