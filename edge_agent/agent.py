@@ -332,11 +332,12 @@ class Agent:
     # --- carrying out ---------------------------------------------------------------------------------------------
 
     def _feed(self, event: Event, now: float) -> None:
+        moved = self._link.traffic  # read before a fetch begins, or its first chunks would count for no round
         for command in self._session.handle(event, now):
             self._carry_out(command, now)
         plan = self._session.plan
         here = None if plan is None else (plan.run, plan.round)
-        if self._meter.observe(here, self._link.traffic) and self._options.telemetry_s:
+        if self._meter.observe(here, moved) and self._options.telemetry_s:
             self._report()
 
     def _carry_out(self, command: Command, now: float) -> None:
