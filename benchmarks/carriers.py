@@ -34,8 +34,12 @@ from federation.wire.inbox import Connected, Inbox, Message
 from federation.wire.link import BrokerAddress, Link
 from federation.wire.messages import (
     Credit,
+    FullModel,
     ObjectRef,
+    RoundPlan,
+    TaskSpec,
     TrainMetrics,
+    TrainSpec,
     UpdateOffer,
     decode_msgpack,
     encode_msgpack,
@@ -127,6 +131,28 @@ class Peer:
 # --- down -----------------------------------------------------------------------------------------------------
 
 
+def plan_for(ref: ObjectRef, task: Task) -> RoundPlan:
+    """A plan whose base model is the object."""
+    return RoundPlan(
+        run=RUN,
+        round=1,
+        attempt=1,
+        task=TaskSpec(
+            model="cnn", labels=("0", "1"), channels=1, height=28, width=28, mean=(0.0,), std=(1.0,)
+        ),
+        train=TrainSpec(),
+        base=BASE,
+        full=FullModel(version=BASE, object=ref),
+        deltas=(),
+        up_encoding="float32",
+        max_noise=0.0,
+        cohort=("agent-1",),
+        deadline_s=3600.0,
+        issued_at=0.0,
+        upload_chunk_bytes=task.chunk_bytes,
+    )
+
+
 def seed(task: Task) -> None:
     """Publish the object, then its description."""
     folder = Path(task.folder)
@@ -138,9 +164,9 @@ def seed(task: Task) -> None:
         ref = ref_of_file(path, task.chunk_bytes)
         wait_for_go(folder)
         began = time.monotonic()
-        seeder.want(path, ref)
+        seeder.want(BASE, [(path, ref)])
         present.wait(CONNECT_S)
-        peer.link.publish(peer.topics.plan, encode_msgpack(ref), retain=True)
+        peer.link.publish(peer.topics.plan, encode_msgpack(plan_for(ref, task)), retain=True)
         tell("done", began=began)
         stay()
 
@@ -167,14 +193,16 @@ class _Puller:
     def __init__(self, task: Task, agent: str) -> None:
         self._peer = Peer(task, agent)
         self._cache = ModelCache(Path(task.folder) / agent, self._peer.link, self._peer.topics, self._ready)
-        self._ref: ObjectRef | None = None
+        self._asked = False
         self.bytes = 0
         self.finished_at = 0.0
         self._peer.link.subscribe([(self._peer.topics.plan, 1)])
 
-    def _ready(self, sha256: str) -> None:
-        self.bytes = self._cache.path(sha256).stat().st_size
+    def _ready(self, _version: str) -> None:
         self.finished_at = time.monotonic()
+        file = self._cache.recipe().start
+        assert file is not None
+        self.bytes = file.stat().st_size
 
     def run(self) -> None:
         while not self.finished_at:
@@ -186,9 +214,9 @@ class _Puller:
         chunk = self._peer.topics.parse_object_chunk(item.topic)
         if chunk is not None:
             self._cache.chunk(*chunk, item.payload, now)
-        elif self._ref is None:
-            self._ref = decode_msgpack(item.payload, ObjectRef)
-            self._cache.fetch(self._ref, now)
+        elif not self._asked:
+            self._asked = True
+            self._cache.fetch(decode_msgpack(item.payload, RoundPlan), now)
 
 
 # --- up -------------------------------------------------------------------------------------------------------

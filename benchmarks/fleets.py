@@ -74,11 +74,27 @@ class Fleet:
         children: Run the processes.
         folder: Of this fleet alone; created.
         run: What is to be run.
+        host: Address of the broker.
+        server_prefix: Put before the server's command, to run it elsewhere.
+        agent_prefix: Put before the agents' commands.
+        telemetry_s: Seconds between the agents' reports, which also tell what rounds have moved; 0 for none.
     """
 
-    def __init__(self, children: Children, folder: Path, run: Run) -> None:
+    def __init__(
+        self,
+        children: Children,
+        folder: Path,
+        run: Run,
+        *,
+        host: str = "127.0.0.1",
+        server_prefix: Sequence[str] = (),
+        agent_prefix: Sequence[str] = (),
+        telemetry_s: float = 0.0,
+    ) -> None:
         folder.mkdir(parents=True)
         self.folder, self.state, self._run, self._children = folder, folder / "state", run, children
+        self._host, self._server_prefix, self._agent_prefix = host, server_prefix, agent_prefix
+        self._telemetry_s = telemetry_s
         self.port = free_port()
         self._enrolment = Enrolment(self.state, FEDERATION)
         self.broker_peak_mb = 0.0
@@ -86,7 +102,9 @@ class Fleet:
     def enroll(self, name: str, *, port: int = 0) -> Path:
         """The bundle of a new agent, which reaches the broker through ``port``; 0 is the broker's own."""
         path = self.folder / f"{name}.bundle.json"
-        write_bundle(path, self._enrolment.enroll(name, broker_url=f"mqtt://127.0.0.1:{port or self.port}"))
+        write_bundle(
+            path, self._enrolment.enroll(name, broker_url=f"mqtt://{self._host}:{port or self.port}")
+        )
         return path
 
     def serve(self) -> Child:
@@ -97,8 +115,9 @@ class Fleet:
         holdout = ["--holdout", run.holdout] if run.holdout else []
         return self._children.start(
             f"{self.folder.name}-aggregator",
+            *self._server_prefix,
             *module("aggregator.cli", "serve", "--federation", FEDERATION, "--state", str(self.state)),
-            *("--listen", f"127.0.0.1:{self.port}", "--model", run.model, "--data", run.data, *holdout),
+            *("--listen", f"{self._host}:{self.port}", "--model", run.model, "--data", run.data, *holdout),
             *("--rounds", str(run.rounds), "--min-agents", str(run.agents)),
             *("--cohort-size", str(run.agents), "--deadline", "3600", "--log-format", "json", *settings),
         )
@@ -112,8 +131,10 @@ class Fleet:
         """Start `edge-agent run` with one thread."""
         return self._children.start(
             f"{self.folder.name}-{bundle.name.partition('.')[0]}",
+            *self._agent_prefix,
             *module("edge_agent.cli", "run", str(bundle), "--data", share),
-            *("--threads", "1", "--device", "cpu", "--telemetry", "0", "--log-format", "json"),
+            *("--threads", "1", "--device", "cpu", "--telemetry", f"{self._telemetry_s:g}"),
+            *("--log-format", "json"),
         )
 
     def finish(self, server: Child, timeout_s: float) -> list[Round]:

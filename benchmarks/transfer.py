@@ -19,12 +19,14 @@ import msgspec
 
 from benchmarks import carriers, raw_carriers
 from benchmarks.processes import Child, Children, module
+from benchmarks.rounds import find_data
 from benchmarks.runner import BenchmarkError, Options, Results, main, middle, say
+from benchmarks.slow_rounds import bad_link
 
 QUESTION = (
     "how much of the broker's raw rate do transfers reach, what is lost, and how much memory does it take?"
 )
-PARTS = ("down", "up", "hundred")
+PARTS = ("down", "up", "hundred", "badlink")
 
 MB = 1_000_000
 MIB = 1 << 20
@@ -316,6 +318,9 @@ def measure(options: Options, results: Results) -> None:
                 runs += direction(children, options, results, key)
         if "hundred" in options.parts:
             runs += hundred(children, options, results)
+        if "badlink" in options.parts:
+            data = find_data()
+            bad_link(children, options, results, data.spec, data.suffix)
     if runs:
         results.add(
             "lost_chunks", sum(o.lost for o in runs), "chunks", "that never arrived, over all our runs"
