@@ -66,11 +66,7 @@ def make_base(recipe: Recipe, plan: RoundPlan, federation: Name, build: Build) -
     digest = model_digest(model)
     if digest != recipe.route.version:
         raise VerificationError(f"this gives version {digest[:12]}, not {recipe.route.version[:12]}")
-    if recipe.start == recipe.target:
-        return model
-    if recipe.start is not None and not recipe.frames:
-        recipe.start.replace(recipe.target)
-    else:
+    if recipe.start != recipe.target:
         info = CheckpointInfo(federation=federation, round=plan.round - 1, task=plan.task)
         write_whole(recipe.target, checkpoint_bytes(info, model))
     return model
@@ -83,6 +79,10 @@ def _start(recipe: Recipe, task: TaskSpec, build: Build) -> Arrays:
         return build(task, start.seed)
     assert recipe.start is not None
     try:
-        return load_file(recipe.start)
-    except (OSError, SafetensorError) as error:
+        model = load_file(recipe.start)
+    except (OSError, SafetensorError, TypeError) as error:  # TypeError: a type that NumPy does not have
         raise VerificationError(f"{recipe.start} cannot be read: {error}") from error
+    for name, array in model.items():
+        if array.dtype != np.float32:
+            raise VerificationError(f"{recipe.start}: tensor {name!r} is {array.dtype}, not float32")
+    return model

@@ -2,9 +2,9 @@
 
 ::
 
-    STATE/objects/<version>.safetensors   a version of the global model, the newest that this device has worked on
-    STATE/objects/<sha256>.object         a full model or a delta, fetched whole and not applied yet
-    STATE/objects/<sha256>.part           one that is being fetched
+    STATE/objects/<version>.safetensors   a version of the global model: the one of the last round, or fetched whole
+    STATE/objects/<sha256>.object         a delta, fetched whole and not applied yet
+    STATE/objects/<sha256>.part           a full model or a delta that is being fetched
 """
 
 from collections.abc import Callable
@@ -77,7 +77,8 @@ class ModelCache:
             keep |= {self._object(ref), self._part(ref)}
         for file in self._folder.iterdir():
             if file not in keep:
-                file.unlink()
+                # Missing: the worker, which may still be busy with an older round, has just renamed what it wrote.
+                file.unlink(missing_ok=True)
         self._waiting = [ref for ref in objects if not self._object(ref).exists()]
         self._telling.restart()
         self._next(now)
@@ -87,10 +88,8 @@ class ModelCache:
         route = self._route
         assert route is not None
         match route.start:
-            case FullModel(object=ref):
-                start: Path | None = self._object(ref)
-            case Held(version):
-                start = self._model(version)
+            case FullModel(version) | Held(version):
+                start: Path | None = self._model(version)
             case Built():
                 start = None
         frames = tuple(self._object(delta.object) for delta in route.deltas)
@@ -169,6 +168,14 @@ class ModelCache:
     def _object(self, ref: ObjectRef) -> Path:
         return self._folder / f"{ref.sha256}.object"
 
+    def _target(self, ref: ObjectRef) -> Path:
+        """Where it goes once it is whole."""
+        assert self._route is not None
+        match self._route.start:
+            case FullModel(version, object=full) if full == ref:
+                return self._model(version)
+        return self._object(ref)
+
     def _part(self, ref: ObjectRef) -> Path:
         return self._folder / f"{ref.sha256}.part"
 
@@ -190,7 +197,7 @@ class ModelCache:
     def _finish(self, partial: PartialObject, now: float) -> None:
         self._download = self._partial = None
         # Digests that match every chunk but not the whole are refused for good: the signed plan itself is wrong.
-        partial.finish(self._object(partial.ref))
+        partial.finish(self._target(partial.ref))
         log.info("object_fetched", object=partial.ref.sha256[:12], bytes=partial.ref.length)
         self._waiting.remove(partial.ref)
         self._next(now)
