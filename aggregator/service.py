@@ -6,16 +6,17 @@ back. So every decision is taken in one thread, in one order.
 
 import time
 from collections.abc import Callable
-from concurrent.futures import Executor, Future, ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 
 import structlog
 
 from aggregator.admission import Limits, OpenRound
 from aggregator.announcements import Announcements
+from aggregator.averaging import Averaged, Averaging
 from aggregator.config import AggregatorConfig
 from aggregator.enrolment import Enrolment
-from aggregator.folding import Down, Evaluator, Fold, FoldResult
+from aggregator.folding import Down, Evaluator, FoldResult
 from aggregator.presence import Presence
 from aggregator.reception import Checked, Reception
 from aggregator.rounds import (
@@ -40,10 +41,9 @@ from aggregator.strategies import FedAvg
 from aggregator.traffic import TrafficLog, Watch
 from aggregator.versions import Versions
 from federation.errors import Rejection
-from federation.task.checkpoint import CheckpointInfo, read_checkpoint
+from federation.task.checkpoint import CheckpointInfo
 from federation.task.model_card import HoldOutMetrics
 from federation.wire.address import BrokerAddress
-from federation.wire.codec import Schema, schema_of
 from federation.wire.link import (
     Connected,
     Disconnected,
@@ -70,12 +70,6 @@ ACCOUNTS_S = 5.0
 
 
 @dataclass(frozen=True, slots=True)
-class _FoldDone:
-    round: int
-    result: FoldResult
-
-
-@dataclass(frozen=True, slots=True)
 class _EvaluationDone:
     round: int
     metrics: HoldOutMetrics | None
@@ -85,11 +79,6 @@ class _EvaluationDone:
 @dataclass(frozen=True, slots=True)
 class _ModelPresent:
     version: str
-
-
-@dataclass(frozen=True, slots=True)
-class _WorkFailed:
-    error: BaseException
 
 
 class Service:
@@ -125,9 +114,13 @@ class Service:
             will=self._announced.will,
         )
         self._executor = ThreadPoolExecutor(CHECKERS, thread_name_prefix="worker")
-        # One thread: updates are added one after the other, and never while they are averaged.
-        self._folder = ThreadPoolExecutor(1, thread_name_prefix="folder")
-        self._sum: Fold | None = None
+        self._averaging = Averaging(
+            store,
+            task,
+            FedAvg(config.rounds.server_learning_rate),
+            Down(config.down_encoding, config.max_noise, config.train.seed),
+            self._inbox.post,
+        )
         self._versions = Versions(store, config.keep_deltas)
         self._reception = Reception(
             link=self._link,
@@ -161,7 +154,6 @@ class Service:
         )
         self._interrupted = past[-1] if past and past[-1].phase != "closed" else None
         self._encoding = config.up_encoding
-        self._schema: Schema | None = None
         self._unevaluated = bool(config.task.holdout and closed and closed[-1].accuracy is None)
 
     # --- life -----------------------------------------------------------------------------------------------------
@@ -191,7 +183,7 @@ class Service:
         finally:
             self._seeder.stop()
             self._executor.shutdown(cancel_futures=True)
-            self._folder.shutdown(cancel_futures=True)
+            self._averaging.stop()
             self._link.stop(self._announced.last_words())
             self._watch.closed()
 
@@ -261,7 +253,7 @@ class Service:
     def _feed(self, events: list[Event], now: float) -> None:
         for event in events:
             if isinstance(event, UpdateStored):
-                self._add(self._rounds.round, event.agent)
+                self._averaging.add(self._rounds.round, event.agent, self._encoding)
             self._act(self._rounds.handle(event, now))
 
     def _take(self, item: object, now: float) -> list[Event]:
@@ -270,14 +262,14 @@ class Service:
                 return self._message(item, now)
             case Checked():
                 return self._reception.checked(item, now)
-            case _FoldDone(number, result):
+            case Averaged(number, result):
                 return self._folded(number, result)
             case _EvaluationDone(number, metrics, seconds):
                 return [Evaluated(self._keep_metrics(number, metrics, seconds))]
             case _ModelPresent(version):
                 self._announced.model_present(version, self._link, now)
-            case _WorkFailed(error):
-                raise error
+            case BaseException():
+                raise item
             case Connected():
                 self._subscribe(now)
             case Disconnected():
@@ -386,12 +378,12 @@ class Service:
                 cohort=frozenset(plan.cohort),
                 encoding=plan.up_encoding,
                 upload_chunk_bytes=plan.upload_chunk_bytes,
-                schema=self._model_schema(),
+                schema=self._averaging.schema(plan.round),
                 accepted={agent: update.sha256 for agent, update in accepted.items()},
             )
         )
         for agent in accepted:  # by an earlier process; those of an earlier attempt have been added
-            self._add(plan.round, agent)
+            self._averaging.add(plan.round, agent, self._encoding)
         self._watch.opened(plan.round)
         self._announced.hold(plan)
         self._seeder.want(plan.base, offered.objects)
@@ -413,29 +405,7 @@ class Service:
     def _fold(self, number: int, agents: tuple[str, ...]) -> None:
         self._store.start_folding(number)
         self._reception.shut()
-        updates = {agent: update for agent, update in self._store.updates(number).items() if agent in agents}
-        strategy = FedAvg(self._config.rounds.server_learning_rate)
-        down = Down(self._config.down_encoding, self._config.max_noise, self._config.train.seed)
-        total = self._sum_of(number)
-        self._sum = None
-        self._submit(lambda: _FoldDone(number, total.close(updates, strategy, down)), self._folder)
-
-    def _add(self, number: int, agent: str) -> None:
-        """Add an accepted update to the round's sum, while others arrive."""
-        total, update = self._sum_of(number), self._store.updates(number)[agent]
-        self._submit(lambda: total.add(update), self._folder)
-
-    def _sum_of(self, number: int) -> Fold:
-        if self._sum is None or self._sum.round != number:
-            info = CheckpointInfo(federation=self._config.federation, round=number, task=self._task)
-            self._sum = Fold(self._store, info, self._model_schema(), self._encoding)
-        return self._sum
-
-    def _model_schema(self) -> Schema:
-        if self._schema is None:
-            newest = self._store.checkpoint_path(self._rounds.round - 1)
-            self._schema = schema_of(read_checkpoint(newest)[1])
-        return self._schema
+        self._averaging.close(number, agents, self._encoding)
 
     def _evaluate(self, number: int) -> None:
         evaluator = self._evaluator
@@ -443,7 +413,7 @@ class Service:
             self._inbox.post(_EvaluationDone(number, None, 0.0))
             return
         path = self._store.checkpoint_path(number)
-        self._submit(lambda: _EvaluationDone(number, *evaluator.evaluate(path)), self._executor)
+        self._submit(lambda: _EvaluationDone(number, *evaluator.evaluate(path)))
 
     def _keep_metrics(self, number: int, metrics: HoldOutMetrics | None, seconds: float) -> float | None:
         self._versions.prune(self._config.keep_checkpoints)
@@ -465,14 +435,9 @@ class Service:
     def _chunk_bytes(self) -> int:
         return min(self._config.broker.chunk_bytes, self._link.limits.largest_chunk)
 
-    def _submit(self, work: Callable[[], object], executor: Executor) -> None:
+    def _submit(self, work: Callable[[], object]) -> None:
         def hand_back(done: Future[object]) -> None:
-            if done.cancelled():
-                return
-            error = done.exception()
-            if error is not None:
-                self._inbox.post(_WorkFailed(error))
-            elif done.result() is not None:
-                self._inbox.post(done.result())
+            if not done.cancelled():
+                self._inbox.post(done.exception() or done.result())
 
-        executor.submit(work).add_done_callback(hand_back)
+        self._executor.submit(work).add_done_callback(hand_back)

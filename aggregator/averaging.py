@@ -1,0 +1,84 @@
+"""The averaging of a run's rounds in a thread of its own: updates are added as they are accepted, while others arrive."""
+
+from collections.abc import Callable
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+
+from aggregator.folding import Down, Fold, FoldResult
+from aggregator.store import Store
+from aggregator.strategies import Strategy
+from federation.task.checkpoint import CheckpointInfo, read_checkpoint
+from federation.wire.codec import Schema, schema_of
+from federation.wire.messages import TaskSpec
+
+
+@dataclass(frozen=True, slots=True)
+class Averaged:
+    """A round's updates are averaged and the new version is on disk.
+
+    Attributes:
+        round: Which.
+        result: What was made.
+    """
+
+    round: int
+    result: FoldResult
+
+
+class Averaging:
+    """Single-threaded: all methods are called by the service's loop, and return at once.
+
+    Args:
+        store: Holds updates and checkpoints.
+        task: What is learned.
+        strategy: The server step.
+        down: How the global model's change is encoded.
+        post: Takes :class:`Averaged`, or the exception that ended the work; from any thread.
+    """
+
+    def __init__(
+        self, store: Store, task: TaskSpec, strategy: Strategy, down: Down, post: Callable[[object], None]
+    ) -> None:
+        self._store, self._task, self._strategy, self._down, self._post = store, task, strategy, down, post
+        # One thread: updates are added one after the other, and never while they are averaged.
+        self._thread = ThreadPoolExecutor(1, thread_name_prefix="averaging")
+        self._fold: Fold | None = None
+        self._schema: Schema | None = None
+
+    def schema(self, number: int) -> Schema:
+        """Of the model, read from the one that round ``number`` starts from; it is the same in all rounds."""
+        if self._schema is None:
+            self._schema = schema_of(read_checkpoint(self._store.checkpoint_path(number - 1))[1])
+        return self._schema
+
+    def add(self, number: int, agent: str, encoding: str) -> None:
+        """Add an update of the round that is accepted and on disk; once, however often it is called."""
+        fold, update = self._of_round(number, encoding), self._store.updates(number)[agent]
+        self._submit(lambda: fold.add(update))
+
+    def close(self, number: int, agents: tuple[str, ...], encoding: str) -> None:
+        """Average the updates of ``agents``, and make the next version of the global model."""
+        fold = self._of_round(number, encoding)
+        self._fold = None
+        updates = {agent: update for agent, update in self._store.updates(number).items() if agent in agents}
+        self._submit(lambda: Averaged(number, fold.close(updates, self._strategy, self._down)))
+
+    def stop(self) -> None:
+        """End the thread after what it is doing."""
+        self._thread.shutdown(cancel_futures=True)
+
+    def _of_round(self, number: int, encoding: str) -> Fold:
+        if self._fold is None or self._fold.round != number:
+            info = CheckpointInfo(federation=self._store.federation, round=number, task=self._task)
+            self._fold = Fold(self._store, info, self.schema(number), encoding)
+        return self._fold
+
+    def _submit(self, work: Callable[[], Averaged | None]) -> None:
+        def hand_back(done: Future[Averaged | None]) -> None:
+            if done.cancelled():
+                return
+            outcome = done.exception() or done.result()
+            if outcome is not None:
+                self._post(outcome)
+
+        self._thread.submit(work).add_done_callback(hand_back)
