@@ -12,10 +12,11 @@ import structlog
 from aggregator.broker import EmbeddedBroker
 from aggregator.config import AggregatorConfig, TaskConfig
 from aggregator.enrolment import Enrolment
+from aggregator.initial_model import build_apart, build_here
 from aggregator.store import Store
 from aggregator.versions import WHOLE, remember_seed
 from federation.errors import ConfigError
-from federation.task.checkpoint import CheckpointInfo, checkpoint_bytes
+from federation.task.checkpoint import CheckpointInfo, read_checkpoint
 from federation.wire.address import BrokerAddress
 from federation.wire.encodings import encoding_named
 from federation.wire.messages import TaskSpec
@@ -164,17 +165,16 @@ def write_initial_model(config: AggregatorConfig, store: Store, task: TaskSpec) 
     """Write the model that round 1 starts from, unless the run has begun already."""
     if store.rounds() or store.checkpoint_path(0).exists():
         return
-    from federation.task.models import build, state_arrays
-
     info = CheckpointInfo(federation=config.federation, round=0, task=task)
-    arrays = state_arrays(build(task, seed=config.train.seed))
-    store.write_checkpoint(0, checkpoint_bytes(info, arrays))
+    # Who evaluates on a hold-out set imports torch anyway, and keeps it.
+    make = build_here if config.task.holdout else build_apart
+    path = store.write_checkpoint(0, make(info, config.train.seed))
     remember_seed(store, config.train.seed)
     log.info(
         "run_begun",
         run=store.run,
         model=task.model,
-        parameters=sum(array.size for array in arrays.values()),
+        parameters=sum(array.size for array in read_checkpoint(path)[1].values()),
         classes=len(task.labels),
     )
 

@@ -61,13 +61,14 @@ def run(app: typer.Typer) -> NoReturn:
     Args:
         app: The application, preferably from :func:`new_app`.
     """
-    with _readable_errors(), _quiet_pipe():
+    with readable_errors(), _quiet_pipe():
         app()
     sys.exit(ExitCode.OK)
 
 
 @contextmanager
-def _readable_errors() -> Iterator[None]:
+def readable_errors() -> Iterator[None]:
+    """Turn what a person can mend into one line on stderr and an exit code, see :func:`run`."""
     try:
         yield
     except FedgeError as error:
