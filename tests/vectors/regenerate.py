@@ -3,14 +3,16 @@
 import json
 from pathlib import Path
 
-from samples import vectors
+from samples import lossy_frames, vectors
 
 FILE = Path(__file__).with_name("wire.json")
+FRAMES = Path(__file__).with_name("frames.json")
 
 
 def main() -> None:
-    """Overwrite ``wire.json``."""
+    """Overwrite ``wire.json`` and ``frames.json``."""
     FILE.write_text(json.dumps(vectors(), indent=1) + "\n")
+    FRAMES.write_text(json.dumps(lossy_frames(), indent=1) + "\n")
 
 
 if __name__ == "__main__":

@@ -140,3 +140,30 @@ def vectors() -> dict[str, str]:
     for encoding in ("float32", "float16", "int8"):
         found[f"frame/{encoding}"] = codec.encode(TENSORS, encoding, np.random.default_rng())
     return {name: data.hex() for name, data in found.items()}
+
+
+LOSSY = ("int4", "rotated1", "rotated2", "ternary:0.05", "sq:1", "sq:8", "topk:0.05")
+"""Encodings whose bytes depend on random numbers and on how zlib cuts its blocks: their frames are read, not compared."""
+
+
+def lossy_tensors() -> dict[str, NDArray[np.float32]]:
+    """What the lossy frames hold: a matrix with long and short gaps and an outlier, a vector, a frozen layer."""
+    matrix = (np.sin(np.arange(20 * 30) ** 2 / 7) ** 5 / 64).astype(np.float32).reshape(20, 30)
+    matrix[3:9] = 0
+    matrix[11, 17] = 3.5
+    return {
+        "conv.bias": np.linspace(-1, 1, 5, dtype=np.float32),
+        "fc.weight": matrix,
+        "frozen": np.zeros((4, 4), np.float32),
+    }
+
+
+def lossy_frames() -> dict[str, dict[str, str]]:
+    """For each lossy encoding a frame, and the values that every reader must take from it, little-endian; in hex."""
+    tensors, found = lossy_tensors(), {}
+    for encoding in LOSSY:
+        frame = codec.encode(tensors, encoding, np.random.default_rng(7))
+        decoded = codec.decode(frame, codec.schema_of(tensors), encoding)
+        values = {name: array.astype("<f4").tobytes().hex() for name, array in decoded.items()}
+        found[encoding] = {"frame": frame.hex(), **values}
+    return found

@@ -11,11 +11,13 @@ from typing import Any
 import msgspec
 import numpy as np
 import pytest
-from samples import JSON, KEY, MSGPACK, OFFER, TENSORS, vectors
+from samples import JSON, KEY, LOSSY, MSGPACK, OFFER, TENSORS, lossy_tensors, vectors
 
 from federation.wire import codec, messages, signing
+from federation.wire.encodings import ENCODINGS, RAW, ZERO, encoding_named
 
 COMMITTED: dict[str, str] = json.loads(Path(__file__).with_name("wire.json").read_text())
+FRAMES: dict[str, dict[str, str]] = json.loads(Path(__file__).with_name("frames.json").read_text())
 
 
 def committed(name: str) -> bytes:
@@ -66,6 +68,31 @@ def test_committed_frame_is_still_decoded(encoding: str) -> None:
     decoded = codec.decode(committed(f"frame/{encoding}"), codec.schema_of(TENSORS), encoding)
     for name, array in TENSORS.items():
         assert np.allclose(decoded[name], array, rtol=2.0**-11, atol=0), name
+
+
+@pytest.mark.parametrize("encoding", LOSSY)
+def test_committed_lossy_frame_gives_the_committed_values(encoding: str) -> None:
+    committed_frame = FRAMES[encoding]
+    schema = codec.schema_of(lossy_tensors())
+    decoded = codec.decode(bytes.fromhex(committed_frame["frame"]), schema, encoding)
+    for name, array in decoded.items():
+        assert array.astype("<f4").tobytes().hex() == committed_frame[name], name
+
+
+def test_every_encoding_has_a_vector() -> None:
+    exact = {name.removeprefix("frame/") for name in COMMITTED if name.startswith("frame/")}
+    assert exact | {spec.partition(":")[0] for spec in FRAMES} == set(ENCODINGS)
+    sent = {ZERO.name, RAW.name}
+    for family in ENCODINGS.values():
+        sent |= {scheme.name for scheme in encoding_named(family.example).schemes}
+    frames = [(spec, bytes.fromhex(frame["frame"])) for spec, frame in FRAMES.items()]
+    frames += [(spec, committed(f"frame/{spec}")) for spec in exact]
+    seen = {entry[2] for _, frame in frames for entry in header_of(frame)[1]}
+    assert seen == sent
+
+
+def header_of(frame: bytes) -> Any:
+    return msgspec.msgpack.decode(frame[12 : 12 + int.from_bytes(frame[8:12], "little")])
 
 
 def test_every_message_has_a_sample() -> None:

@@ -113,11 +113,10 @@ def test_the_protocol_names_every_code_and_encoding() -> None:
     table = PROTOCOL.partition("Codes of refusals")[2].partition("## 10.")[0]
     assert set(re.findall(r"^\| `(\w+)` \|", table, re.MULTILINE)) == {code.value for code in Rejection}
     schemes = PROTOCOL.partition("| scheme | parameters |")[2].partition("\n\n")[0]
-    assert set(re.findall(r"^\| `(\w+)` \|", schemes, re.MULTILINE)) == {
-        scheme.name
-        for family in ENCODINGS.values()
-        for scheme in (ZERO, RAW, *encoding_named(family.example).schemes)
-    }
+    sent = {ZERO.name, RAW.name}
+    for family in ENCODINGS.values():
+        sent |= {scheme.name for scheme in encoding_named(family.example).schemes}
+    assert set(re.findall(r"^\| `(\w+)` \|", schemes, re.MULTILINE)) == sent
     families = PROTOCOL.partition("| encoding | schemes")[2].partition("\n\n")[0]
     forms = {family.form for family in ENCODINGS.values()}
     assert set(re.findall(r"^\| `([\w:]+)` \|", families, re.MULTILINE)) == forms

@@ -1,10 +1,15 @@
 """What docs/protocol.md says of the frame and what fedge does are the same: each reads what the other writes."""
 
+import json
+from pathlib import Path
+
 import numpy as np
 import pytest
 from independent_frame import Tensors, read_frame, write_frame
 
 from federation.wire.codec import decode, encode, max_encoded_bytes, schema_of
+
+FRAMES = Path(__file__).parents[2] / "vectors" / "frames.json"
 
 SPECS = ("float32", "float16", "int8", "sq:0.5", "sq:2", "sq:16", "sq:200", "ternary:0.01", "ternary:0.1")
 
@@ -35,6 +40,13 @@ def test_the_stranger_reads_our_frames_to_the_bit(
     assert list(ours) == list(theirs)
     for name, array in ours.items():
         assert array.tobytes() == theirs[name].tobytes(), name
+
+
+@pytest.mark.parametrize("spec", ["sq:1", "sq:8", "ternary:0.05"])
+def test_the_stranger_reads_the_committed_frames(spec: str) -> None:
+    committed = json.loads(FRAMES.read_text())[spec]
+    for name, array in read_frame(bytes.fromhex(committed["frame"])).items():
+        assert array.astype("<f4").tobytes().hex() == committed[name], name
 
 
 @pytest.mark.parametrize("spec", SPECS)
