@@ -3,7 +3,7 @@
 ::
 
     STATE/objects/<version>.safetensors   a version of the global model: the one of the last round, or fetched whole
-    STATE/objects/<sha256>.object         a delta, fetched whole and not applied yet
+    STATE/objects/<sha256>.object         a delta, fetched whole by this process and not applied yet
     STATE/objects/<sha256>.part           a full model or a delta that is being fetched
 """
 
@@ -47,6 +47,8 @@ class ModelCache:
         cap: TokenBucket | None = None,
     ) -> None:
         folder.mkdir(parents=True, exist_ok=True)
+        for file in folder.glob("*.object"):  # not synced: after a power cut its chunks are checked anew
+            file.replace(file.with_suffix(".part"))
         self._folder, self._link, self._topics, self._on_ready = folder, link, topics, on_ready
         self._cap = cap
         self._download: Download | None = None
@@ -133,7 +135,6 @@ class ModelCache:
 
         Raises:
             ConfigError: If the disk is full.
-            PeerError: ``wrong_hash`` if the object is complete and is not what the plan promised.
         """
         if self._download is not None and self._partial is not None and self._partial.ref.sha256 == sha256:
             download = self._download
@@ -196,8 +197,8 @@ class ModelCache:
 
     def _finish(self, partial: PartialObject, now: float) -> None:
         self._download = self._partial = None
-        # Digests that match every chunk but not the whole are refused for good: the signed plan itself is wrong.
-        partial.finish(self._target(partial.ref))
+        # Neither hashed again nor synced: the model that is made of it must have the digest of its version.
+        partial.set_aside(self._target(partial.ref))
         log.info("object_fetched", object=partial.ref.sha256[:12], bytes=partial.ref.length)
         self._waiting.remove(partial.ref)
         self._next(now)

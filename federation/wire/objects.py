@@ -91,8 +91,7 @@ class PartialObject:
             PeerError: ``wrong_hash`` if the whole is not the object; the file is then removed.
             ConfigError: If the disk is full or not writable.
         """
-        if not self.complete:
-            raise ValueError(f"{self.path}: {self.ref.chunks - len(self.have)} chunks are missing")
+        self._require_all()
         try:
             self._file.seek(0)
             if file_digest(self._file, "sha256").hexdigest() != self.ref.sha256:
@@ -103,6 +102,31 @@ class PartialObject:
             os.fsync(self._file.fileno())
             self.path.replace(target)
             sync_folder(target.parent)
+        except OSError as error:
+            raise disk_error(error, target) from error
+        finally:
+            self.close()
+        return target
+
+    def set_aside(self, target: Path) -> Path:
+        """Move the whole to ``target`` as it is, atomically. Closes this object.
+
+        For what can be fetched again and is checked as a whole where it is used: the chunks were checked one by one, so
+        nothing is hashed once more, and nothing is synced (SD cards wear). After a power cut the file may be torn.
+
+        Args:
+            target: On the same file system; replaced if it exists.
+
+        Returns:
+            ``target``.
+
+        Raises:
+            ValueError: If chunks are missing.
+            ConfigError: If the disk is not writable.
+        """
+        self._require_all()
+        try:
+            self.path.replace(target)
         except OSError as error:
             raise disk_error(error, target) from error
         finally:
@@ -124,6 +148,10 @@ class PartialObject:
     def close(self) -> None:
         """Close the file and keep it for another time. Does nothing the second time."""
         self._file.close()
+
+    def _require_all(self) -> None:
+        if not self.complete:
+            raise ValueError(f"{self.path}: {self.ref.chunks - len(self.have)} chunks are missing")
 
     def _discover(self) -> set[int]:
         size = os.fstat(self._file.fileno()).st_size

@@ -162,3 +162,14 @@ def test_unreadable_and_empty_files_are_config_errors(tmp_path: Path) -> None:
     (tmp_path / "empty").touch()
     with pytest.raises(ConfigError, match="empty"):
         ref_of_file(tmp_path / "empty", CHUNK)
+
+
+def test_what_is_set_aside_is_whole_and_a_part_of_it_is_not(tmp_path: Path) -> None:
+    partial = PartialObject(tmp_path / "part", REF)
+    partial.write(0, DATA[:CHUNK])
+    with pytest.raises(ValueError, match="chunks are missing"):
+        partial.set_aside(tmp_path / "x")
+    for index in range(1, REF.chunks):
+        partial.write(index, DATA[index * CHUNK : (index + 1) * CHUNK])
+    assert partial.set_aside(tmp_path / "x").read_bytes() == DATA
+    assert not partial.path.exists()
