@@ -276,15 +276,14 @@ def _judge(plan: Plan, agent: str) -> Finding:
         )
     mine = "is in its cohort" if agent in plan.cohort else f"is not among its cohort of {len(plan.cohort)}"
     found = f"signature verified; round {plan.round} is open, {agent!r} {mine}"
-    try:
-        encoding_named(plan.up_encoding)
-    except ConfigError:
-        return Finding(
-            check="plan",
-            level=Level.FAIL,
-            found=f"{found}; it wants the encoding {plan.up_encoding!r}, which this version does not know",
-            remedy=_SAME_VERSION,
-        )
+    for encoding in (plan.up_encoding, *(delta.encoding for delta in plan.deltas)):
+        if not _is_known(encoding):
+            return Finding(
+                check="plan",
+                level=Level.FAIL,
+                found=f"{found}; it wants the encoding {encoding!r}, which this version does not know",
+                remedy=_SAME_VERSION,
+            )
     if is_plugin(plan.task.model):
         return Finding(
             check="plan",
@@ -293,6 +292,14 @@ def _judge(plan: Plan, agent: str) -> Finding:
             remedy=f"install it here and start the agent with --allow-model {plan.task.model}",
         )
     return Finding(check="plan", level=Level.OK, found=found)
+
+
+def _is_known(encoding: str) -> bool:
+    try:
+        encoding_named(encoding)
+    except ConfigError:
+        return False
+    return True
 
 
 _SAME_VERSION = "install the same version of fedge here and on the server"

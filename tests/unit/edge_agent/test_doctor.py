@@ -19,7 +19,9 @@ from federation.task.inventory import Inventory
 from federation.wire.messages import (
     STATE_INTERVAL_S,
     AggregatorState,
+    FullModel,
     IdlePlan,
+    ModelDelta,
     Plan,
     RoundPlan,
     TaskSpec,
@@ -52,8 +54,13 @@ def signed(plan: Plan, key: Ed25519PrivateKey = KEY) -> bytes:
 
 
 def round_plan(
-    *, model: str = "cnn", encoding: str = "int8", cohort: tuple[str, ...] = ("pi1",)
+    *,
+    model: str = "cnn",
+    encoding: str = "int8",
+    down_encoding: str = "int8",
+    cohort: tuple[str, ...] = ("pi1",),
 ) -> RoundPlan:
+    ref = make_ref(b"model", 64)
     return RoundPlan(
         run=RUN,
         round=4,
@@ -62,8 +69,11 @@ def round_plan(
             model=model, labels=TASK.labels, channels=1, height=8, width=8, mean=(0.5,), std=(0.5,)
         ),
         train=TrainSpec(),
-        base=make_ref(b"model", 64),
-        encoding=encoding,
+        base="2" * 64,
+        full=FullModel(version="1" * 64, object=ref),
+        deltas=(ModelDelta(base="1" * 64, object=ref, encoding=down_encoding),),
+        up_encoding=encoding,
+        max_noise=0.0,
         cohort=cohort,
         deadline_s=60.0,
         issued_at=0.0,
@@ -202,8 +212,12 @@ def test_a_plan_of_another_aggregator_fails() -> None:
 
 def test_a_plan_that_this_device_cannot_carry_out_is_told() -> None:
     encoding, _ = broker_checks.check_plan(signed(round_plan(encoding="sq16")), bundle_of())
+    down, _ = broker_checks.check_plan(signed(round_plan(down_encoding="sq17")), bundle_of())
     plugin, _ = broker_checks.check_plan(signed(round_plan(model="house.models:net")), bundle_of())
     assert encoding.failed
+    assert "'sq16'" in encoding.found
+    assert down.failed
+    assert "'sq17'" in down.found
     assert plugin.level is Level.WARN
     assert "--allow-model house.models:net" in plugin.remedy
 
