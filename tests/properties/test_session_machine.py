@@ -1,5 +1,7 @@
 """edge_agent.session under any order of plans, replays, credits, receipts, faults and power loss."""
 
+from hashlib import sha256
+
 import pytest
 from hypothesis import settings
 from hypothesis import strategies as st
@@ -8,6 +10,7 @@ from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, 
 from edge_agent.session import (
     Abandon,
     BaseReady,
+    BaseUnusable,
     Command,
     CreditArrived,
     Event,
@@ -31,8 +34,8 @@ from edge_agent.session import (
 from federation.errors import PeerError, Rejection
 from federation.wire.messages import (
     Credit,
+    FullModel,
     IdlePlan,
-    ObjectRef,
     Receipt,
     RoundPlan,
     TaskSpec,
@@ -51,15 +54,20 @@ Key = tuple[str, int]
 keys = st.tuples(st.sampled_from(RUNS), st.integers(1, ROUNDS))
 
 
-def base_of(key: Key) -> ObjectRef:
-    return make_ref(f"model {key}".encode() * 9, 64)
+def base_of(key: Key) -> str:
+    """The version that a round starts from; two rounds of a run share each."""
+    return sha256(f"{key[0]} {key[1] // 2}".encode()).hexdigest()
+
+
+def full_of(key: Key, chunk_bytes: int) -> FullModel:
+    return FullModel(version=base_of(key), object=make_ref(f"model {base_of(key)}".encode() * 9, chunk_bytes))
 
 
 def offer_of(key: Key) -> UpdateOffer:
     return UpdateOffer(
         run=key[0],
         round=key[1],
-        base=base_of(key).sha256,
+        base=base_of(key),
         object=make_ref(f"update {key}".encode() * 9, 64),
         encoding="float32",
         samples=1,
@@ -77,7 +85,7 @@ class Device(RuleBasedStateMachine):
         self.progress = Remember("", 0, done=False)
         self.outbox: UpdateOffer | None = None
         # what the worker does
-        self.fetching: ObjectRef | None = None
+        self.fetching: RoundPlan | None = None
         self.training: Key | None = None
         # what an observer knows
         self.invited: set[Key] = set()
@@ -89,8 +97,8 @@ class Device(RuleBasedStateMachine):
 
     # --- the server and the network -------------------------------------------------------------------------------
 
-    @rule(key=keys, invited=st.booleans(), attempt=st.integers(1, 3))
-    def a_plan_arrives(self, key: Key, invited: bool, attempt: int) -> None:
+    @rule(key=keys, invited=st.booleans(), attempt=st.integers(1, 3), chunk_bytes=st.sampled_from([64, 128]))
+    def a_plan_arrives(self, key: Key, invited: bool, attempt: int, chunk_bytes: int) -> None:
         plan = RoundPlan(
             run=key[0],
             round=key[1],
@@ -98,7 +106,10 @@ class Device(RuleBasedStateMachine):
             task=TASK,
             train=TrainSpec(),
             base=base_of(key),
-            encoding="float32",
+            full=full_of(key, chunk_bytes),
+            deltas=(),
+            up_encoding="float32",
+            max_noise=0.0,
             cohort=(ME, "you") if invited else ("you",),
             deadline_s=60,
             issued_at=0,
@@ -179,8 +190,8 @@ class Device(RuleBasedStateMachine):
     @rule()
     def the_model_is_there(self) -> None:
         assert self.fetching is not None
-        ref, self.fetching = self.fetching, None
-        self.feed(BaseReady(ref.sha256))
+        plan, self.fetching = self.fetching, None
+        assert [type(command) for command in self.feed(BaseReady(plan.base))] == [Train]
 
     @precondition(lambda self: self.training is not None)
     @rule()
@@ -189,6 +200,23 @@ class Device(RuleBasedStateMachine):
         key, self.training = self.training, None
         self.outbox = offer_of(key)
         self.feed(UpdateReady(self.outbox))
+
+    @precondition(lambda self: self.training is not None)
+    @rule()
+    def the_base_model_cannot_be_made(self) -> None:
+        assert self.training is not None
+        key, self.training = self.training, None
+        assert [type(command) for command in self.feed(BaseUnusable(*key, "damaged"))] == [Fetch]
+
+    @rule(key=keys)
+    def the_base_model_of_an_abandoned_training_could_not_be_made(self, key: Key) -> None:
+        if key != self.training:
+            assert self.feed(BaseUnusable(*key, "damaged")) == []
+
+    @rule(key=keys)
+    def a_model_of_another_round_is_there(self, key: Key) -> None:
+        if self.fetching is None or base_of(key) != self.fetching.base:
+            assert self.feed(BaseReady(base_of(key))) == []
 
     @rule(key=keys)
     def an_abandoned_training_ends_after_all(self, key: Key) -> None:
@@ -250,10 +278,10 @@ class Device(RuleBasedStateMachine):
     def carry_out(self, command: Command) -> None:
         plan = self.session.plan
         match command:
-            case Fetch(ref):
-                assert plan is not None
-                assert ref == plan.base
-                self.fetching = ref
+            case Fetch(wanted):
+                assert wanted == plan, "what the newest plan offers, and nothing else"
+                assert self.training is None, "the recipe of a training is not changed under it"
+                self.fetching = wanted
             case Train(asked):
                 key = asked.run, asked.round
                 assert key not in self.receipted, "a round with a receipt was trained again"

@@ -239,7 +239,7 @@ def test_a_full_model_that_is_another_version_leaves_no_other_way(tmp_path: Path
     assert device.files() == set(), "a later attempt fetches it again"
 
 
-@pytest.mark.parametrize("data", [b"no safetensors", BFLOAT16_FILE])
+@pytest.mark.parametrize("data", [b"no safetensors", BFLOAT16_FILE], ids=["text", "bfloat16"])
 def test_a_full_model_in_a_form_that_nobody_reads_leaves_no_other_way(tmp_path: Path, data: bytes) -> None:
     ref = make_ref(data, 512)
     device = Device(tmp_path, MemoryBroker(retained=chunks_of(ref, data)))

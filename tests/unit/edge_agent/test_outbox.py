@@ -5,24 +5,29 @@ from pathlib import Path
 import numpy as np
 import pytest
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
+from msgspec import structs
 
 from edge_agent.outbox import Outbox
 from federation.errors import ConfigError, VerificationError
 from federation.wire.codec import decode
-from federation.wire.messages import RoundPlan, TaskSpec, TrainMetrics, TrainSpec, UpdateOffer
+from federation.wire.messages import FullModel, RoundPlan, TaskSpec, TrainMetrics, TrainSpec, UpdateOffer
 from federation.wire.signing import Purpose, unseal
 from federation.wire.transfer import make_ref
 
 KEY = Ed25519PrivateKey.from_private_bytes(bytes(range(32)))
 TASK = TaskSpec(model="cnn", labels=("0", "1"), channels=1, height=8, width=8, mean=(0.5,), std=(0.5,))
+VERSION = "1" * 64
 PLAN = RoundPlan(
     run="0" * 16,
     round=2,
     attempt=1,
     task=TASK,
     train=TrainSpec(),
-    base=make_ref(b"model" * 30, 64),
-    encoding="float32",
+    base=VERSION,
+    full=FullModel(version=VERSION, object=make_ref(b"model" * 30, 64)),
+    deltas=(),
+    up_encoding="float32",
+    max_noise=0.0,
     cohort=("pi1",),
     deadline_s=60,
     issued_at=0,
@@ -37,16 +42,29 @@ def outbox(
     return Outbox(folder, federation=federation, agent=agent, key=key)
 
 
-def put(box: Outbox, delta: dict[str, np.ndarray] = DELTA) -> UpdateOffer:
-    metrics = TrainMetrics(loss=1.0, accuracy=0.5, steps=1, train_s=1.0)
-    return box.put(PLAN, delta, samples=7, metrics=metrics, rng=np.random.default_rng(0), chunk_bytes=64)
+def put(
+    box: Outbox,
+    delta: dict[str, np.ndarray] = DELTA,
+    *,
+    plan: RoundPlan = PLAN,
+    base: dict[str, np.ndarray] | None = None,
+) -> UpdateOffer:
+    return box.put(
+        plan,
+        delta if base is None else base,
+        delta,
+        samples=7,
+        metrics=TrainMetrics(loss=1.0, accuracy=0.5, steps=1, train_s=1.0),
+        rng=np.random.default_rng(0),
+        chunk_bytes=64,
+    )
 
 
 def test_an_update_is_there_for_the_next_process(tmp_path: Path) -> None:
     offer = put(outbox(tmp_path))
     box = outbox(tmp_path)
     assert box.pending() == offer
-    assert (offer.run, offer.round, offer.base, offer.samples) == (PLAN.run, 2, PLAN.base.sha256, 7)
+    assert (offer.run, offer.round, offer.base, offer.samples) == (PLAN.run, 2, VERSION, 7)
     data = b"".join(box.chunk(offer, index) for index in range(offer.object.chunks))
     decoded = decode(data, {name: array.shape for name, array in DELTA.items()}, "float32")
     for name, array in DELTA.items():
@@ -125,3 +143,21 @@ def test_a_diverged_update_is_not_written(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="diverged"):
         put(box, {"a": np.full(3, np.nan, np.float32)})
     assert box.pending() is None
+
+
+def test_the_plan_bounds_the_noise_by_the_weights_that_the_round_starts_from(tmp_path: Path) -> None:
+    delta = {"weight": np.random.default_rng(1).standard_normal((100, 100), dtype=np.float32)}
+    plan = structs.replace(PLAN, up_encoding="sq:16", max_noise=0.06)
+
+    def noise(plan: RoundPlan, weight: float) -> float:
+        """What is added to the update, as a share of its own power."""
+        box = outbox(tmp_path)
+        offer = put(box, delta, plan=plan, base={"weight": np.full((100, 100), weight, np.float32)})
+        data = b"".join(box.chunk(offer, index) for index in range(offer.object.chunks))
+        decoded = decode(data, {"weight": (100, 100)}, "sq:16")["weight"]
+        return float(np.square(decoded - delta["weight"]).mean())
+
+    assert noise(plan, 0.0) < 0.07
+    assert 0.07 < noise(plan, 3.0) < 0.06 * 3.0**2 * 1.1
+    unbounded = structs.replace(plan, max_noise=0.0)
+    assert noise(plan, 1e6) == noise(unbounded, 0.0) > 5

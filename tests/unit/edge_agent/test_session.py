@@ -1,10 +1,14 @@
 """edge_agent.session: one agent's part in a round, case by case. No clock, no network."""
 
+from hashlib import sha256
+
 import pytest
+from msgspec import structs
 
 from edge_agent.session import (
     Abandon,
     BaseReady,
+    BaseUnusable,
     Command,
     CreditArrived,
     Event,
@@ -28,8 +32,8 @@ from edge_agent.session import (
 from federation.errors import PeerError, Rejection
 from federation.wire.messages import (
     Credit,
+    FullModel,
     IdlePlan,
-    ObjectRef,
     Receipt,
     RoundPlan,
     TaskSpec,
@@ -43,8 +47,14 @@ RUN, OTHER_RUN = "0123456789abcdef", "fedcba9876543210"
 TASK = TaskSpec(model="cnn", labels=("0", "1"), channels=1, height=8, width=8, mean=(0.5,), std=(0.5,))
 
 
-def base_of(number: int, run: str = RUN, chunk_bytes: int = 64) -> ObjectRef:
-    return make_ref(f"model {run} {number} ".encode() * 20, chunk_bytes)
+def base_of(number: int, run: str = RUN) -> str:
+    """The version that a round starts from."""
+    return sha256(f"{run} {number}".encode()).hexdigest()
+
+
+def full_of(number: int, run: str = RUN, chunk_bytes: int = 64) -> FullModel:
+    data = f"model {run} {number} ".encode() * 20
+    return FullModel(version=base_of(number, run), object=make_ref(data, chunk_bytes))
 
 
 def plan(
@@ -53,7 +63,7 @@ def plan(
     run: str = RUN,
     attempt: int = 1,
     cohort: tuple[str, ...] = ("me", "you"),
-    base: ObjectRef | None = None,
+    full: FullModel | None = None,
 ) -> RoundPlan:
     return RoundPlan(
         run=run,
@@ -61,8 +71,11 @@ def plan(
         attempt=attempt,
         task=TASK,
         train=TrainSpec(),
-        base=base or base_of(number, run),
-        encoding="float32",
+        base=base_of(number, run),
+        full=full or full_of(number, run),
+        deltas=(),
+        up_encoding="float32",
+        max_noise=0.0,
         cohort=cohort,
         deadline_s=60,
         issued_at=0,
@@ -78,7 +91,7 @@ def offer(number: int = 1, run: str = RUN, data: str = "update") -> UpdateOffer:
     return UpdateOffer(
         run=run,
         round=number,
-        base=base_of(number, run).sha256,
+        base=base_of(number, run),
         object=make_ref(f"{data} {run} {number} ".encode() * 10, 64),
         encoding="float32",
         samples=10,
@@ -96,15 +109,15 @@ def feed(session: Session, *events: Event, now: float = 0.0) -> list[Command]:
 
 def delivering(number: int = 1) -> Session:
     session = Session("me")
-    feed(session, PlanArrived(plan(number)), BaseReady(base_of(number).sha256), UpdateReady(offer(number)))
+    feed(session, PlanArrived(plan(number)), BaseReady(base_of(number)), UpdateReady(offer(number)))
     assert session.phase is Phase.DELIVERING
     return session
 
 
 def test_a_round_from_the_plan_to_the_receipt() -> None:
     session = Session("me")
-    assert feed(session, PlanArrived(plan())) == [Remember(RUN, 1, done=False), Fetch(base_of(1))]
-    assert feed(session, BaseReady(base_of(1).sha256)) == [Train(plan())]
+    assert feed(session, PlanArrived(plan())) == [Remember(RUN, 1, done=False), Fetch(plan(1))]
+    assert feed(session, BaseReady(base_of(1))) == [Train(plan())]
     mine = offer()
     assert feed(session, UpdateReady(mine)) == [SendOffer(0)]
     credit = Credit(sha256=mine.object.sha256, chunks=(1, 0, 1))
@@ -127,7 +140,7 @@ def test_an_agent_that_is_invited_later_joins_the_later_attempt() -> None:
     session = Session("me")
     feed(session, PlanArrived(plan(cohort=("you",))))
     later = plan(attempt=2)
-    assert feed(session, PlanArrived(later)) == [Fetch(later.base)]
+    assert feed(session, PlanArrived(later)) == [Fetch(later)]
 
 
 def test_the_same_plan_again_changes_nothing() -> None:
@@ -154,11 +167,11 @@ def test_a_round_that_was_closed_is_not_begun_again_by_a_replay() -> None:
 
 def test_a_newer_round_ends_the_training_of_an_older_one() -> None:
     session = Session("me")
-    feed(session, PlanArrived(plan(1)), BaseReady(base_of(1).sha256))
+    feed(session, PlanArrived(plan(1)), BaseReady(base_of(1)))
     assert feed(session, PlanArrived(plan(2))) == [
         Remember(RUN, 2, done=False),
         Abandon("a newer round is open"),
-        Fetch(base_of(2)),
+        Fetch(plan(2)),
     ]
     assert feed(session, UpdateReady(offer(1))) == [], "it came too late"
 
@@ -168,7 +181,7 @@ def test_a_newer_round_forgets_an_update_without_a_receipt() -> None:
     assert feed(session, PlanArrived(plan(2))) == [
         Remember(RUN, 2, done=False),
         ForgetUpdate(accepted=False, reason="a newer round is open"),
-        Fetch(base_of(2)),
+        Fetch(plan(2)),
     ]
     credit = Credit(sha256=offer(1).object.sha256, chunks=(0,))
     assert feed(session, CreditArrived(credit), ReceiptArrived(receipt(offer(1)))) == []
@@ -176,7 +189,7 @@ def test_a_newer_round_forgets_an_update_without_a_receipt() -> None:
 
 def test_another_run_starts_from_its_own_rounds() -> None:
     session = delivering(7)
-    assert feed(session, PlanArrived(plan(1, run=OTHER_RUN)))[-1] == Fetch(base_of(1, OTHER_RUN))
+    assert feed(session, PlanArrived(plan(1, run=OTHER_RUN)))[-1] == Fetch(plan(1, run=OTHER_RUN))
 
 
 def test_a_plan_of_a_run_that_is_over_is_a_replay_also_after_power_loss() -> None:
@@ -191,7 +204,7 @@ def test_a_plan_of_a_run_that_is_over_is_a_replay_also_after_power_loss() -> Non
 
 def test_an_update_of_another_run_with_the_same_number_is_not_delivered() -> None:
     session = Session("me")
-    feed(session, PlanArrived(plan(1, run=OTHER_RUN)), BaseReady(base_of(1, OTHER_RUN).sha256))
+    feed(session, PlanArrived(plan(1, run=OTHER_RUN)), BaseReady(base_of(1, OTHER_RUN)))
     assert feed(session, UpdateReady(offer(1))) == []
     assert session.phase is Phase.TRAINING
 
@@ -206,14 +219,47 @@ def test_a_failure_in_another_run_declines_nothing() -> None:
 def test_a_model_of_another_round_starts_no_training() -> None:
     session = Session("me")
     feed(session, PlanArrived(plan(2)))
-    assert feed(session, BaseReady(base_of(1).sha256)) == []
+    assert feed(session, BaseReady(base_of(1))) == []
 
 
 def test_a_model_that_is_cut_anew_is_fetched_anew() -> None:
     session = Session("me")
     feed(session, PlanArrived(plan(1)))
-    again = plan(1, base=base_of(1, chunk_bytes=128))
-    assert feed(session, PlanArrived(again)) == [Fetch(again.base)]
+    again = plan(1, full=full_of(1, chunk_bytes=128))
+    assert feed(session, PlanArrived(again)) == [Fetch(again)]
+
+
+def test_a_model_that_is_cut_anew_during_training_interrupts_nothing() -> None:
+    session = Session("me")
+    feed(session, PlanArrived(plan(1)), BaseReady(base_of(1)))
+    again = plan(1, attempt=2, full=full_of(1, chunk_bytes=128))
+    assert feed(session, PlanArrived(again)) == []
+    assert feed(session, BaseUnusable(RUN, 1, "damaged")) == [Fetch(again)], "from what is on the broker now"
+
+
+def test_a_base_model_that_cannot_be_made_is_fetched_in_another_way() -> None:
+    session = Session("me")
+    feed(session, PlanArrived(plan(1)), BaseReady(base_of(1)))
+    assert feed(session, BaseUnusable(RUN, 1, "another version")) == [Fetch(plan(1))]
+    assert session.phase is Phase.FETCHING
+    assert feed(session, BaseUnusable(RUN, 1, "another version")) == [], "it was said twice"
+    assert feed(session, BaseReady(base_of(1))) == [Train(plan(1))]
+
+
+def test_a_base_model_of_an_older_round_or_another_run_that_cannot_be_made_matters_no_more() -> None:
+    session = Session("me")
+    feed(session, PlanArrived(plan(1)), BaseReady(base_of(1)))
+    feed(session, PlanArrived(plan(2)), BaseReady(base_of(2)))
+    for stale in (BaseUnusable(RUN, 1, "damaged"), BaseUnusable(OTHER_RUN, 2, "damaged")):
+        assert feed(session, stale) == []
+    assert session.phase is Phase.TRAINING
+
+
+def test_a_round_that_starts_from_the_same_version_is_fetched_and_trained_again() -> None:
+    session = Session("me")
+    feed(session, PlanArrived(plan(1)), BaseReady(base_of(1)))
+    same = structs.replace(plan(2), base=base_of(1), full=full_of(1))
+    assert feed(session, PlanArrived(same), BaseReady(base_of(1)))[-2:] == [Fetch(same), Train(same)]
 
 
 def test_a_fault_on_the_device_declines_the_round_until_a_later_attempt() -> None:
@@ -222,7 +268,7 @@ def test_a_fault_on_the_device_declines_the_round_until_a_later_attempt() -> Non
     declined = SendDecline(RUN, 1, "the disk is full")
     assert feed(session, WorkFailed(RUN, 1, "the disk is full")) == [declined]
     assert feed(session, PlanArrived(plan())) == [declined], "the first one may be lost"
-    assert feed(session, PlanArrived(plan(attempt=2))) == [Fetch(base_of(1))]
+    assert feed(session, PlanArrived(plan(attempt=2))) == [Fetch(plan(attempt=2))]
 
 
 def test_an_update_that_the_disk_has_lost_is_forgotten_and_declined() -> None:

@@ -15,7 +15,9 @@ from federation.errors import ConfigError
 from federation.task.data import open_data, task_from_data
 from federation.task.evaluate import evaluate
 from federation.task.models import build, load_arrays, state_arrays
-from federation.wire.messages import ObjectRef, RoundPlan, TaskSpec, TrainSpec
+from federation.wire.messages import FullModel, RoundPlan, TaskSpec, TrainSpec
+from federation.wire.transfer import make_ref
+from federation.wire.versions import model_digest
 
 DIGITS = task_from_data("digits", "cnn")
 SHARE = "digits@iid,agent=1/10"
@@ -72,8 +74,11 @@ def make_plan(task: TaskSpec = DIGITS, *, number: int = 1, **train: object) -> R
         attempt=1,
         task=task,
         train=TrainSpec(**({"learning_rate": 0.05} | train)),  # type: ignore[arg-type]
-        base=ObjectRef(sha256="0" * 64, length=1, chunk_bytes=64, digests=b"0" * 16),
-        encoding="float32",
+        base="0" * 64,
+        full=FullModel(version="0" * 64, object=make_ref(b"model", 64)),
+        deltas=(),
+        up_encoding="float32",
+        max_noise=0.0,
         cohort=("pi",),
         deadline_s=60.0,
         issued_at=0.0,
@@ -265,6 +270,25 @@ def test_a_changed_task_opens_the_data_anew(tmp_path: Path) -> None:
     assert trainer.samples(task_from_data(f"imagefolder:{tmp_path}", "cnn", height=9)) == 5
 
 
+def test_the_initial_model_depends_on_task_and_seed_alone() -> None:
+    trainer = make_trainer()
+    first = trainer.initial(DIGITS, 7)
+    trained = train(make_plan(max_steps=2), trainer)
+    torch.manual_seed(5)
+    assert model_digest(trainer.initial(DIGITS, 7)) == model_digest(first), "also after training"
+    assert model_digest(first) == model_digest(state_arrays(build(DIGITS, seed=7))), (
+        "as the aggregator builds it"
+    )
+    assert model_digest(first) != model_digest(trainer.initial(DIGITS, 8))
+    assert same(train(make_plan(max_steps=2), trainer).delta, trained.delta), "and training goes on as it did"
+
+
+def test_an_initial_model_of_batch_norms_has_its_buffers_and_no_counters() -> None:
+    initial = make_trainer().initial(task_of(with_batch_norm), 1)
+    assert {name for name in initial if "running" in name} == {"1.running_mean", "1.running_var"}
+    assert all(array.dtype == np.float32 for array in initial.values())
+
+
 def test_a_trainer_tells_its_device_and_threads() -> None:
     trainer = make_trainer()
 
@@ -287,12 +311,13 @@ import sys
 from edge_agent.training import TorchTrainer
 from federation.task.data import task_from_data
 from federation.task.models import build, state_arrays
-from federation.wire.messages import RoundPlan, TrainSpec
+from federation.wire.messages import FullModel, RoundPlan, TrainSpec
 from federation.wire.transfer import make_ref
 task = task_from_data("digits", "cnn")
 plan = RoundPlan(
     run="0" * 16, round=1, attempt=1, task=task, train=TrainSpec(max_steps=2, optimizer="{optimizer}"),
-    base=make_ref(b"x", 64), encoding="float32", cohort=("a",), deadline_s=1.0, issued_at=1.0, upload_chunk_bytes=64,
+    base="0" * 64, full=FullModel(version="0" * 64, object=make_ref(b"x", 64)), deltas=(), up_encoding="float32",
+    max_noise=0.0, cohort=("a",), deadline_s=1.0, issued_at=1.0, upload_chunk_bytes=64,
 )
 TorchTrainer("digits", threads=1).train(state_arrays(build(task)), plan, "a", lambda: False)
 sys.exit("torch._dynamo" in sys.modules)
