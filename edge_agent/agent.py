@@ -235,7 +235,8 @@ class Agent:
 
     def _report(self) -> None:
         phase = self._session.phase
-        share = self._upload.share if phase is Phase.DELIVERING else self._cache.share
+        delivering = phase is Phase.DELIVERING
+        share = self._upload.share(self._link.waiting) if delivering else self._cache.share
         report = self._health.report(
             phase.value, progress=share, total=self._link.traffic, traffic=self._meter.last
         )
@@ -339,6 +340,9 @@ class Agent:
         here = None if plan is None else (plan.run, plan.round)
         if self._meter.observe(here, moved) and self._options.telemetry_s:
             self._report()
+        if self._session.phase is Phase.DELIVERING and self._upload.total and self._telling.due(now):
+            sent = self._upload.sent(self._link.waiting)
+            log.info("update_sending", round=self._session.round, sent=sent, total=self._upload.total)
 
     def _carry_out(self, command: Command, now: float) -> None:
         match command:
@@ -361,6 +365,7 @@ class Agent:
             case ForgetUpdate(accepted, reason):
                 report = log.info if accepted else log.warning
                 report("update_accepted" if accepted else "update_dropped", reason=reason)
+                self._link.drop_waiting()
                 self._outbox.clear()
             case Remember(run, number, done, retired):
                 self._remember(Progress(run, number, done, retired))
@@ -408,8 +413,6 @@ class Agent:
         if self._upload.begin(offer.object):
             self._telling.restart()
         self._upload.ask(indices)
-        if self._telling.due(now):
-            log.info("update_sending", round=offer.round, asked=self._upload.asked, total=self._upload.total)
         for index in indices:
             try:
                 payload = self._outbox.chunk(offer, index)

@@ -38,7 +38,7 @@ class RoundMeter:
 
 
 class UploadShare:
-    """How much of an update the aggregator has asked for so far. It asks for a chunk when those before have come."""
+    """How much of an update has gone: what was asked for so far, less what still waits."""
 
     def __init__(self) -> None:
         self._sha256 = ""
@@ -50,10 +50,13 @@ class UploadShare:
         """Chunks asked for, each counted once."""
         return len(self._asked)
 
-    @property
-    def share(self) -> float:
+    def sent(self, waiting: int) -> int:
+        """Chunks that have gone, while so many wait in the link."""
+        return max(0, self.asked - waiting)
+
+    def share(self, waiting: int) -> float:
         """The same as a share of all, 0-1; 0 before the first."""
-        return self.asked / self.total if self.total else 0.0
+        return self.sent(waiting) / self.total if self.total else 0.0
 
     def begin(self, ref: ObjectRef) -> bool:
         """This update is on its way. Returns whether it is another one than before."""

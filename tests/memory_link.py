@@ -166,6 +166,10 @@ class MemoryLink:
                 received_payload_bytes=self.received_payload_bytes,
             )
 
+    @property
+    def waiting(self) -> int:
+        return 0  # memory takes everything at once
+
     def start(self) -> None:
         with self.broker.lock:
             self.join()
@@ -186,6 +190,9 @@ class MemoryLink:
             self.sent_payload_bytes += len(payload)
             self.broker.route(self.client_id, topic, payload, qos=qos, retain=retain)
         return True
+
+    def drop_waiting(self) -> None:
+        assert not self.waiting
 
     def publish_bulk(
         self, topic: str, payload: bytes, *, qos: int = 0, retain: bool = False, timeout_s: float

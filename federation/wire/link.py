@@ -69,6 +69,11 @@ class LinkLike(Protocol):
         """As :attr:`Link.traffic`."""
         ...
 
+    @property
+    def waiting(self) -> int:
+        """As :attr:`Link.waiting`."""
+        ...
+
     def start(self) -> None:
         """As :meth:`Link.start`."""
         ...
@@ -81,6 +86,10 @@ class LinkLike(Protocol):
         self, topic: str, payload: bytes, *, qos: int = 1, retain: bool = False, yielding: bool = False
     ) -> bool:
         """As :meth:`Link.publish`."""
+        ...
+
+    def drop_waiting(self) -> None:
+        """As :meth:`Link.drop_waiting`."""
         ...
 
     def publish_bulk(
@@ -197,6 +206,11 @@ class Link:
         """What was moved since the link was made, over all its connections. No counter ever falls."""
         return self._meter.traffic
 
+    @property
+    def waiting(self) -> int:
+        """Yielding messages (see :meth:`publish`) that have not been handed to the network yet."""
+        return self._queue.waiting
+
     def start(self) -> None:
         """Begin to connect, in the background. Call it once.
 
@@ -252,6 +266,10 @@ class Link:
             ValueError: If the topic has a wildcard or ``qos`` is not 0 or 1.
         """
         return self._queue.put(publish_job(topic, payload, qos=qos, retain=retain, bulk=yielding))
+
+    def drop_waiting(self) -> None:
+        """Take back the yielding messages that have not been handed to the network yet: nobody wants them now."""
+        self._queue.drop_waiting()
 
     def publish_bulk(
         self, topic: str, payload: bytes, *, qos: int = 0, retain: bool = False, timeout_s: float

@@ -115,6 +115,11 @@ class SendQueue:
         """Of the present connection, or of the last one; those of the protocol before the first."""
         return self._limits
 
+    @property
+    def waiting(self) -> int:
+        """Bulk messages that were put without waiting for room and have not been handed on."""
+        return len(self._waiting_topics)
+
     def open(self, limits: Limits) -> None:
         """A session began."""
         with self._changed:
@@ -141,6 +146,16 @@ class SendQueue:
             self._pending -= len(self._bulk)
             self._lost += len(self._bulk)
             self._bulk.clear()
+            self._waiting_topics.clear()
+            self._waiting_bytes = sum(map(_size, self._control))
+            self._changed.notify_all()
+
+    def drop_waiting(self) -> None:
+        """Forget the bulk messages that were put without waiting for room and have not been handed on."""
+        with self._changed:
+            kept = [job for job in self._bulk if job.topic not in self._waiting_topics]
+            self._pending -= len(self._bulk) - len(kept)
+            self._bulk = deque(kept)
             self._waiting_topics.clear()
             self._waiting_bytes = sum(map(_size, self._control))
             self._changed.notify_all()

@@ -52,12 +52,14 @@ def test_a_second_attempt_adds_to_the_first() -> None:
 
 def test_the_share_of_an_upload_counts_each_chunk_once() -> None:
     upload = UploadShare()
-    assert upload.share == 0.0
+    assert upload.share(0) == 0.0
     first, second = make_ref(bytes(400), 100), make_ref(bytes(800), 100)
     assert upload.begin(first)
     upload.ask((0, 1))
     assert not upload.begin(first)
     upload.ask((1, 2))
-    assert (upload.asked, upload.total, upload.share) == (3, 4, 0.75)
+    assert (upload.asked, upload.total, upload.sent(0), upload.share(0)) == (3, 4, 3, 0.75)
+    assert (upload.sent(2), upload.share(2)) == (1, 0.25)
+    assert upload.sent(4) == 0, "chunks of an update before this one still wait"
     assert upload.begin(second)
-    assert (upload.asked, upload.total, upload.share) == (0, 8, 0.0)
+    assert (upload.asked, upload.total, upload.share(0)) == (0, 8, 0.0)

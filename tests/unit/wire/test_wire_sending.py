@@ -51,7 +51,9 @@ def test_a_chunk_that_waits_is_not_queued_twice_but_one_that_has_gone_may_go_aga
     queue = opened()
     for _ in range(3):
         assert queue.put(chunk("chunk/0"))
+        assert queue.waiting == 1
     assert drained(queue) == ["chunk/0"]
+    assert queue.waiting == 0
     assert queue.put(chunk("chunk/0"))
     assert drained(queue) == ["chunk/0"]
 
@@ -100,3 +102,16 @@ def test_a_chunk_over_the_limit_is_refused() -> None:
     queue = opened(Limits(max_packet_bytes=2048))
     with pytest.raises(TransportError, match="over the broker's limit"):
         queue.put(chunk("chunk/0", bytes(4096)))
+
+
+def test_what_nobody_wants_any_more_is_taken_back() -> None:
+    queue = opened()
+    queue.put_bulk(chunk("seed/0"), 1.0)
+    for index in range(5):
+        queue.put(chunk(f"chunk/{index}"))
+    queue.put(control("offer"))
+    queue.drop_waiting()
+    assert queue.waiting == 0
+    assert drained(queue) == ["offer", "seed/0"]
+    queue.settled(refused=False)
+    queue.flush(0.01)  # nothing is missed: it was not lost but given up
