@@ -5,7 +5,7 @@ many or too long. A device that took part in the last round fetches one delta, o
 and a newcomer the full model and the deltas since.
 """
 
-from collections.abc import Iterator
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -42,6 +42,14 @@ class Offered:
     objects: tuple[tuple[Path, ObjectRef], ...]
 
 
+@dataclass(frozen=True, slots=True)
+class _Step:
+    """The delta that leads to the version that a round made, and the file that holds it."""
+
+    file: Path
+    delta: ModelDelta
+
+
 class Versions:
     """The versions of one run.
 
@@ -64,9 +72,8 @@ class Versions:
         Raises:
             ConfigError: If a checkpoint cannot be read.
         """
-        oldest = self._oldest(number)
-        deltas = tuple(self._delta(later, chunk_bytes) for later in range(oldest + 1, number + 1))
-        key = self._key_frame(oldest, number, deltas, chunk_bytes)
+        steps = self._steps(number, chunk_bytes)
+        key = self._key_frame(number, steps, chunk_bytes)
         path = self._store.checkpoint_path(key)
         seed = self._store.recall(_SEED) if key == 0 else None
         full = FullModel(
@@ -74,10 +81,10 @@ class Versions:
             object=self._ref(path, chunk_bytes),
             seed=None if seed is None else int(seed),
         )
-        files = [self._store.delta_path(later) for later in range(oldest + 1, number + 1)]
+        deltas = tuple(step.delta for step in steps)
         # A round's cohort mostly needs the last delta: it goes first, the full model last.
-        steps = list(zip(files, (delta.object for delta in deltas), strict=True))
-        objects = [*reversed(steps), (path, full.object)]
+        brought = [(step.file, step.delta.object) for step in steps]
+        objects = [*reversed(brought), (path, full.object)]
         self._refs = {
             (file, chunk): ref for (file, chunk), ref in self._refs.items() if (file, ref) in objects
         }
@@ -94,44 +101,52 @@ class Versions:
         self._store.prune_checkpoints(keep_checkpoints and max(keep_checkpoints, 2), spare=key)
         self._store.prune_deltas(self._keep + 1)
 
-    def _oldest(self, number: int) -> int:
-        oldest = number
-        for earlier in self._led_from(number):
-            if number - earlier > self._keep:
+    def _steps(self, number: int, chunk_bytes: int) -> list[_Step]:
+        """The deltas to version ``number``, oldest first; none twice leads to the same version."""
+        steps: list[_Step] = []
+        leading = {self._digest(number)}
+        for later in range(number, max(0, number - self._keep), -1):
+            if not self._leads_to(later):
                 break
-            oldest = earlier
-        return oldest
+            base = self._digest(later - 1)
+            if base == self._digest(later):  # all updates were zero: who has the one has the other
+                continue
+            if base in leading:  # the run has been here before: nobody there needs to go in a circle
+                break
+            leading.add(base)
+            steps.insert(0, self._step(later, chunk_bytes))
+        return steps
 
-    def _led_from(self, number: int) -> Iterator[int]:
-        """Versions from which deltas lead to ``number``, newest first."""
-        while number > 0:
-            version = self._store.version(number)
-            if version is None or version.encoding == WHOLE or self._store.version(number - 1) is None:
-                return
-            if not self._store.delta_path(number).exists():
-                return
-            number -= 1
-            yield number
+    def _leads_to(self, number: int) -> bool:
+        """Whether a delta leads to version ``number`` from the one before it."""
+        version = self._store.version(number)
+        return (
+            version is not None
+            and version.encoding != WHOLE
+            and self._store.version(number - 1) is not None
+            and self._store.delta_path(number).exists()
+        )
 
-    def _key_frame(self, oldest: int, number: int, deltas: tuple[ModelDelta, ...], chunk_bytes: int) -> int:
+    def _key_frame(self, number: int, steps: Sequence[_Step], chunk_bytes: int) -> int:
         kept = self._store.recall(_KEY_FRAME)
         key = 0 if kept is None else int(kept)
         path = self._store.checkpoint_path(key)
-        if oldest <= key <= number and path.exists():
-            detour = sum(delta.object.length for delta in deltas[key - oldest :])
+        versions = [*(step.delta.base for step in steps), self._digest(number)]
+        if path.exists() and self._digest(key) in versions:
+            detour = sum(step.delta.object.length for step in steps[versions.index(self._digest(key)) :])
             if detour <= _LONGEST_DETOUR * self._ref(path, chunk_bytes).length:
                 return key
         self._store.remember(_KEY_FRAME, str(number))
         return number
 
-    def _delta(self, number: int, chunk_bytes: int) -> ModelDelta:
-        """The delta that leads to version ``number``."""
+    def _step(self, number: int, chunk_bytes: int) -> _Step:
         version = self._store.version(number)
         assert version is not None
-        path = self._store.delta_path(number)
-        return ModelDelta(
-            base=self._digest(number - 1), object=self._ref(path, chunk_bytes), encoding=version.encoding
+        file = self._store.delta_path(number)
+        delta = ModelDelta(
+            base=self._digest(number - 1), object=self._ref(file, chunk_bytes), encoding=version.encoding
         )
+        return _Step(file, delta)
 
     def _digest(self, number: int) -> str:
         version = self._store.version(number)
