@@ -5,6 +5,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from memory_link import ADDRESS, MemoryBroker, MemoryLink
+from msgspec import structs
 from safetensors.numpy import load_file, save_file
 from version_chain import FEDERATION, SEED, TASK, TOPICS, Chain, Model, built, chunks_of, full_file
 
@@ -246,6 +247,14 @@ def test_a_full_model_in_a_form_that_nobody_reads_leaves_no_other_way(tmp_path: 
     plan = CHAIN.plan(2, full=FullModel(version=CHAIN.digests[2], object=ref))
     device.fetch(plan)
     assert not device.rejects(plan, match="cannot be read")
+
+
+def test_chunks_that_are_promised_but_make_another_whole_leave_no_other_way(device: Device) -> None:
+    lying = structs.replace(CHAIN.refs[1], sha256="f" * 64)
+    plan = CHAIN.plan(2, full=FullModel(version=CHAIN.digests[2], object=lying))
+    device.broker.retained |= chunks_of(lying, CHAIN.files[1])
+    device.fetch(plan)
+    assert not device.rejects(plan, match=f"{CHAIN.digests[1][:12]}, not {plan.base[:12]}")
 
 
 def test_after_power_loss_between_fetching_and_applying_nothing_is_fetched_again(tmp_path: Path) -> None:
