@@ -17,6 +17,10 @@ from federation.wire.codec import Schema, decode, max_encoded_bytes
 from federation.wire.messages import AgentMessage, Decline, UpdateOffer
 from federation.wire.signing import Purpose, unseal
 
+LARGEST_NORM = 2.0**60
+"""Of an update, whatever the settings say: times the largest ``rounds.server_learning_rate`` (1e12, below 2^40) the model's
+change stays within what can be encoded (``federation.wire.codec.MAX_MAGNITUDE``), so no agent can stop the server by it."""
+
 
 @dataclass(frozen=True, slots=True)
 class OpenRound:
@@ -51,7 +55,7 @@ class Limits:
 
     Attributes:
         max_samples: Largest weight.
-        max_norm: Largest L2 norm of a decoded update; 0 for no bound.
+        max_norm: Largest L2 norm of a decoded update; 0 for ``LARGEST_NORM``, which is the most in any case.
     """
 
     max_samples: int
@@ -173,10 +177,9 @@ def check_update(
         PeerError: The codes of :func:`federation.wire.codec.decode`, and ``norm_too_large``.
     """
     delta = decode(data, schema, encoding)
-    if limits.max_norm:
-        with np.errstate(over="ignore"):  # infinity is above every bound
-            squares = [float(np.dot(flat, flat)) for flat in (array.ravel() for array in delta.values())]
-        norm = math.sqrt(sum(squares))
-        if norm > limits.max_norm:
-            raise PeerError(Rejection.NORM_TOO_LARGE, f"L2 norm {norm:.4g}, at most {limits.max_norm:.4g}")
+    with np.errstate(over="ignore"):  # infinity is above every bound
+        squares = [float(np.dot(flat, flat)) for flat in (array.ravel() for array in delta.values())]
+    norm, bound = math.sqrt(sum(squares)), min(limits.max_norm or LARGEST_NORM, LARGEST_NORM)
+    if norm > bound:
+        raise PeerError(Rejection.NORM_TOO_LARGE, f"L2 norm {norm:.4g}, at most {bound:.4g}")
     return delta

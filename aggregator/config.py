@@ -59,7 +59,7 @@ class RoundsConfig(Table, frozen=True):
         gather_s: Seconds to wait for more agents once min_agents are online.
         grace_s: Seconds that an agent may be offline in a round before nobody waits for it.
         max_samples: An update that claims more samples than this is refused: its weight would drown the others.
-        max_update_norm: An update whose L2 norm is above this is refused; 0 accepts any finite norm.
+        max_update_norm: An update whose L2 norm is above this is refused; 0 accepts any below 2^60, beyond which numbers may overflow.
         server_learning_rate: Step along the mean update; 1 is plain FedAvg.
         target_accuracy: Stop when the hold-out accuracy reaches this share; 0 never.
         patience: Stop after this many rounds without a better hold-out accuracy; 0 never.

@@ -7,9 +7,18 @@ import numpy as np
 import pytest
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
-from aggregator.admission import Limits, OpenRound, check_offer, check_round, check_update, open_message
+from aggregator.admission import (
+    LARGEST_NORM,
+    Limits,
+    OpenRound,
+    check_offer,
+    check_round,
+    check_update,
+    open_message,
+)
+from aggregator.config import RoundsConfig
 from federation.errors import PeerError, Rejection
-from federation.wire.codec import encode, max_encoded_bytes
+from federation.wire.codec import MAX_MAGNITUDE, encode, max_encoded_bytes
 from federation.wire.messages import Decline, Receipt, TrainMetrics, UpdateOffer, Wire
 from federation.wire.signing import Purpose, seal
 from federation.wire.transfer import make_ref
@@ -201,3 +210,11 @@ def test_a_norm_that_overflows_float32_is_too_large() -> None:
     huge = {name: np.full(shape, 9e29, np.float32) for name, shape in sorted(SCHEMA.items())}
     data = encode(huge, "float32", RNG)
     assert code(check_update, data, SCHEMA, "float32", Limits(1000, 1e12)) is Rejection.NORM_TOO_LARGE
+
+
+@pytest.mark.parametrize("value", [2.0**61, 9e29, 3e38])
+def test_an_update_whose_average_could_not_be_encoded_is_refused_without_any_setting(value: float) -> None:
+    assert code(check_update, poisoned(value), SCHEMA, "float32", Limits(1000)) is Rejection.NORM_TOO_LARGE
+    assert check_update(poisoned(2.0**59), SCHEMA, "float32", Limits(1000))
+    with pytest.raises(msgspec.ValidationError):
+        msgspec.convert({"server_learning_rate": MAX_MAGNITUDE / LARGEST_NORM}, RoundsConfig)

@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 
 from aggregator import summation
 from aggregator.summation import OrderFreeSum
+from federation.wire.messages import MAX_COHORT
 
 Term = tuple[NDArray[np.float32], float]
 
@@ -128,7 +129,7 @@ def test_as_many_of_the_largest_slices_as_a_cohort_has_are_exact() -> None:
     # One less than 2^39 steps of the upper grid, and of the lower one: what comes nearest to 2^53 steps.
     worst = np.full(SIZE, 2.0**39 - 2.0**15, np.float32)
     result = OrderFreeSum((SIZE,))
-    for _ in range(summation.MAX_COHORT):
+    for _ in range(MAX_COHORT):
         result.add(worst, 1.0)
     assert frexp(float(worst[0]))[1] == summation._WIDTH - 1
-    assert result.value().tolist() == [summation.MAX_COHORT * (2.0**39 - 2.0**15)] * SIZE
+    assert result.value().tolist() == [MAX_COHORT * (2.0**39 - 2.0**15)] * SIZE
