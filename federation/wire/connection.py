@@ -1,4 +1,4 @@
-"""One connection to a broker, from the TCP handshake to its end: the sole importer of paho-mqtt.
+"""One connection to a broker, from the TCP handshake to its end. With :mod:`~federation.wire.client`, all there is of paho.
 
 A fresh paho client is made for every connection and only one thread ever touches it, so nothing is resent behind
 the owner's back, and none of paho's own threads can die unnoticed. The loop waits with epoll or kqueue where there
@@ -22,9 +22,9 @@ from paho.mqtt.reasoncodes import ReasonCode
 
 from federation.wire import reasons
 from federation.wire.address import LARGEST_PACKET, BrokerAddress
+from federation.wire.client import Meter, MeteredClient
 from federation.wire.inbox import UNLIMITED_RECEIVE_MAXIMUM, Limits, LinkEvent, LinkFailed, Message
-from federation.wire.messages import MAX_CHUNK_BYTES, Traffic
-from federation.wire.rate import TokenBucket
+from federation.wire.messages import MAX_CHUNK_BYTES
 from federation.wire.reasons import Failure
 from federation.wire.sending import Publish, SendQueue, Subscribe, Unsubscribe, Wake
 
@@ -53,6 +53,9 @@ RECEIVED_PACKET_BYTES: Final = MAX_CHUNK_BYTES + 64 * 1024
 """Longest packet we let an MQTT 5 broker send us: the largest chunk, and room for topic and properties."""
 
 
+_NOT_UTF8: Final = "the broker delivered a topic that is not UTF-8; the message was dropped"
+
+
 @dataclass(frozen=True, slots=True)
 class Will:
     """What the broker publishes for a client that vanishes."""
@@ -74,64 +77,6 @@ class Outcome:
 
     up_s: float
     failure: Failure | None
-
-
-class Meter:
-    """Counts what passes through the sockets of a link. Written by its network thread, read by any.
-
-    Args:
-        cap: Charged for all that is sent; None for no cap.
-    """
-
-    def __init__(self, cap: TokenBucket | None = None) -> None:
-        self.cap = cap
-        self._sent = self._received = self._sent_payload = self._received_payload = 0
-
-    @property
-    def traffic(self) -> Traffic:
-        """All that was counted; no counter ever falls."""
-        # The payloads first: what is counted between the two readings must not make them more than the whole.
-        sent_payload, received_payload = self._sent_payload, self._received_payload
-        return Traffic(
-            sent_bytes=self._sent,
-            received_bytes=self._received,
-            sent_payload_bytes=sent_payload,
-            received_payload_bytes=received_payload,
-        )
-
-    def sent(self, size: int) -> None:
-        """Bytes were written."""
-        self._sent += size
-        if self.cap is not None:
-            self.cap.spend(size, monotonic())
-
-    def received(self, size: int) -> None:
-        """Bytes were read."""
-        self._received += size
-
-    def sent_payload(self, size: int) -> None:
-        """A message with that payload is through."""
-        self._sent_payload += size
-
-    def received_payload(self, size: int) -> None:
-        """A message with that payload has come."""
-        self._received_payload += size
-
-
-class _MeteredClient(Client):
-    """Counts at the socket. There is no public hook for that, so the two private methods next to it are wrapped."""
-
-    meter: Meter
-
-    def _sock_send(self, buf: bytes | bytearray) -> int:
-        size = super()._sock_send(buf)
-        self.meter.sent(size)
-        return size
-
-    def _sock_recv(self, bufsize: int) -> bytes:
-        data = super()._sock_recv(bufsize)
-        self.meter.received(len(data))
-        return data
 
 
 class _LastError(logging.Handler):
@@ -226,9 +171,9 @@ class Connection:
 
     def _build(
         self, client_id: str, context: ssl.SSLContext | None, will: Will | None, will_delay_s: int
-    ) -> Client:
+    ) -> MeteredClient:
         five = self._version == MQTT_5
-        client = _MeteredClient(
+        client = MeteredClient(
             CallbackAPIVersion.VERSION2,
             client_id,
             clean_session=None if five else True,
@@ -255,6 +200,7 @@ class Connection:
         client.on_connect = self._on_connect
         client.on_disconnect = self._on_disconnect
         client.on_message = self._on_message
+        client.on_plain = self._on_plain
         client.on_publish = self._on_publish
         client.on_subscribe = self._on_subscribe
         return client
@@ -286,6 +232,9 @@ class Connection:
                     return
                 capped_until = now if self._meter.cap is None or stopping() else self._meter.cap.ready_at(now)
                 self._feed(capped=capped_until > now)
+                wrote = self._write_now()
+                if client.socket() is None:
+                    return
                 if stopping():
                     if farewell_due is None:
                         farewell_due = now + FAREWELL_S
@@ -296,17 +245,28 @@ class Connection:
                 if wanted != mask:
                     selector.modify(sock, wanted)
                     mask = wanted
-                buffered = tls is not None and tls.pending() > 0
-                wait_s = 0.0 if buffered else min(TICK_S, capped_until - now or TICK_S)
+                buffered = client.reads_ahead or (tls is not None and tls.pending() > 0)
+                wait_s = 0.0 if buffered or wrote else min(TICK_S, capped_until - now or TICK_S)
                 ready = {key.fileobj: events for key, events in selector.select(wait_s)}
                 if self._wake.reader in ready:
                     self._wake.drain()
                 events = ready.get(sock, 0)
                 if events & selectors.EVENT_READ or buffered:
-                    client.loop_read()
+                    client.read_packets()
                 if events & selectors.EVENT_WRITE:
                     client.loop_write()
                 client.loop_misc()
+
+    def _write_now(self) -> bool:
+        """Write what paho holds as far as there is room, and mostly there is: no need to ask the selector.
+
+        Returns:
+            Whether there was something: then more may wait for its turn.
+        """
+        if not self._client.want_write():
+            return False
+        self._client.loop_write()
+        return not self._client.want_write()
 
     def _say_goodbye(self) -> None:
         """Send DISCONNECT once everything said before it has been acknowledged."""
@@ -396,10 +356,21 @@ class Connection:
         try:
             topic = message.topic
         except UnicodeDecodeError:
-            self._emit(LinkFailed("the broker delivered a topic that is not UTF-8; the message was dropped"))
+            self._emit(LinkFailed(_NOT_UTF8))
             return
-        self._meter.received_payload(len(message.payload))
-        self._emit(Message(topic, bytes(message.payload), message.retain))
+        self._received(topic, bytes(message.payload), message.retain)
+
+    def _on_plain(self, topic: bytes, payload: bytes, retain: bool) -> None:
+        try:
+            text = topic.decode()
+        except UnicodeDecodeError:
+            self._emit(LinkFailed(_NOT_UTF8))
+            return
+        self._received(text, payload, retain)
+
+    def _received(self, topic: str, payload: bytes, retain: bool) -> None:
+        self._meter.received_payload(len(payload))
+        self._emit(Message(topic, payload, retain))
 
     def _on_publish(
         self, _client: Client, _userdata: object, mid: int, code: ReasonCode, _properties: Properties | None
