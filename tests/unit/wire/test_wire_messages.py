@@ -26,6 +26,23 @@ TASK: dict[str, Any] = {
     "mean": [0.5],
     "std": [0.5],
 }
+OTHER_HASH = "1" * 64
+PLAN: dict[str, Any] = {
+    "run": RUN,
+    "round": 1,
+    "attempt": 1,
+    "task": TASK,
+    "train": {},
+    "base": HASH,
+    "full": {"version": HASH, "object": REF},
+    "deltas": [],
+    "up_encoding": "sq:16",
+    "max_noise": 0.0,
+    "cohort": ["pi1"],
+    "deadline_s": 60.0,
+    "issued_at": 0.0,
+    "upload_chunk_bytes": 1024,
+}
 OFFER: dict[str, Any] = {
     "run": RUN,
     "round": 1,
@@ -35,6 +52,11 @@ OFFER: dict[str, Any] = {
     "samples": 1,
     "metrics": METRICS,
 }
+
+
+def step(base: str) -> dict[str, Any]:
+    """A delta from this version."""
+    return {"base": base, "object": REF, "encoding": "int8"}
 
 
 def test_every_struct_is_tried() -> None:
@@ -107,6 +129,24 @@ def test_a_wrong_field_is_malformed_or_within_its_bounds(field: str, value: obje
         (ObjectRef, REF, {"chunk_bytes": messages.MAX_CHUNK_BYTES + 1}),
         (ObjectRef, REF, {"digests": bytes(31)}),
         (ObjectRef, REF, {"sha256": HASH.upper() + "A"}),
+        (messages.RoundPlan, PLAN, {"deltas": [step(HASH)]}),
+        (messages.RoundPlan, PLAN, {"deltas": [step(OTHER_HASH), step("2" * 64), step(OTHER_HASH)]}),
+        (messages.RoundPlan, PLAN, {"full": {"version": OTHER_HASH, "object": REF}}),
+        (
+            messages.RoundPlan,
+            PLAN,
+            {"full": {"version": OTHER_HASH, "object": REF}, "deltas": [step("2" * 64)]},
+        ),
+        (
+            messages.RoundPlan,
+            PLAN,
+            {"deltas": [step(f"{number + 1:064x}") for number in range(messages.MAX_DELTAS + 1)]},
+        ),
+        (messages.RoundPlan, PLAN, {"full": {"version": HASH, "object": REF, "seed": -1}}),
+        (messages.RoundPlan, PLAN, {"max_noise": -0.1}),
+        (messages.RoundPlan, PLAN, {"max_noise": math.nan}),
+        (messages.RoundPlan, PLAN, {"max_noise": math.inf}),
+        (messages.RoundPlan, PLAN, {"base": "../../../etc/passwd"}),
         (messages.TaskSpec, TASK, {"mean": [0.5, 0.5]}),
         (messages.TaskSpec, TASK, {"labels": ["0", "0"]}),
         (messages.TaskSpec, TASK, {"std": [0.0]}),
@@ -123,6 +163,30 @@ def test_bounds(kind: type[Wire], good: dict[str, Any], bad: dict[str, Any]) -> 
     with pytest.raises(PeerError) as refused:
         decode_msgpack(msgspec.msgpack.encode(tag | good | bad), kind)
     assert refused.value.code is Rejection.MALFORMED
+
+
+@pytest.mark.parametrize("full", [HASH, OTHER_HASH, "2" * 64], ids=["base", "first", "between"])
+def test_a_plan_may_offer_a_full_model_of_any_version_that_leads_to_its_base(full: str) -> None:
+    offered = {
+        "full": {"version": full, "object": REF, "seed": 7},
+        "deltas": [step(OTHER_HASH), step("2" * 64)],
+    }
+    plan = decode_msgpack(msgspec.msgpack.encode({"type": "round", **PLAN, **offered}), messages.RoundPlan)
+    assert plan.full.version == full
+    assert [delta.base for delta in plan.deltas] == [OTHER_HASH, "2" * 64]
+
+
+@pytest.mark.parametrize(
+    ("bad", "why"),
+    [
+        ({"deltas": [step(HASH)]}, "in a circle"),
+        ({"full": {"version": OTHER_HASH, "object": REF}}, "nothing leads from the full model 111111111111"),
+    ],
+    ids=["circle", "nowhere"],
+)
+def test_a_plan_that_leads_nowhere_says_so(bad: dict[str, Any], why: str) -> None:
+    with pytest.raises(PeerError, match=why):
+        decode_msgpack(msgspec.msgpack.encode({"type": "round", **PLAN, **bad}), messages.RoundPlan)
 
 
 def test_json_round_trip() -> None:
