@@ -1,16 +1,23 @@
 """edge_agent.outbox with an encoding that leaves values out: over rounds, all of them arrive."""
 
+import threading
+import time
 from pathlib import Path
 
 import msgspec
 import numpy as np
 import pytest
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
+from memory_link import ADDRESS, MemoryBroker
 
+from edge_agent.agent import Agent, Options
 from edge_agent.feedback import Arrays
 from edge_agent.outbox import Outbox
+from edge_agent.training import Trained
+from federation.bundle import Bundle
 from federation.wire.codec import decode, schema_of
 from federation.wire.messages import (
+    Capabilities,
     FullModel,
     Receipt,
     RoundPlan,
@@ -19,6 +26,8 @@ from federation.wire.messages import (
     TrainSpec,
     UpdateOffer,
 )
+from federation.wire.signing import AGGREGATOR, Purpose, seal
+from federation.wire.topics import Topics
 from federation.wire.transfer import make_ref
 
 KEY = Ed25519PrivateKey.from_private_bytes(bytes(range(32)))
@@ -77,6 +86,63 @@ class Device:
             self.box().settle(receipt)  # once more, after a restart
         box.clear()
         return decode(data, schema_of(delta), self.plan.up_encoding)
+
+
+class NoTrainer:
+    """A device whose update is on disk already has nothing to train."""
+
+    def train(self, *_: object) -> Trained:
+        raise AssertionError
+
+    def initial(self, *_: object) -> Arrays:
+        raise AssertionError
+
+
+def test_the_agent_settles_it_when_it_hears_the_receipt(tmp_path: Path, delta: Arrays) -> None:
+    server, device_key = Ed25519PrivateKey.generate(), bytes(range(32)).hex()
+    bundle = Bundle(
+        federation="home",
+        agent="pi1",
+        private_key=device_key,
+        aggregator_key=server.public_key().public_bytes_raw().hex(),
+        broker="mqtt://127.0.0.1:1",
+        username="pi1",
+        password="x",
+    )
+    box = Outbox(tmp_path / "outbox", federation="home", agent="pi1", key=KEY)
+    base = {name: np.ones_like(array) for name, array in delta.items()}
+    offer = box.put(
+        PLAN, base, delta, samples=7, metrics=METRICS, rng=np.random.default_rng(1), chunk_bytes=64
+    )
+    able = Capabilities(
+        version="0", device="cpu", threads=1, memory_mb=1, samples=7, encodings=("topk",), platform="test"
+    )
+    broker, topics = MemoryBroker(), Topics("home")
+    options = Options(state_dir=tmp_path, telemetry_s=0)
+    agent = Agent(bundle, able, NoTrainer(), options, make_link=broker.make_link)
+    thread = threading.Thread(target=agent.run)
+    thread.start()
+    try:
+        link = broker.make_link(ADDRESS, "aggregator", on_event=lambda _: None)
+        link.start()
+
+        def publish(topic: str, message: RoundPlan | Receipt, purpose: Purpose) -> None:
+            sealed = seal(message, purpose=purpose, federation="home", sender=AGGREGATOR, key=server)
+            link.publish(topic, sealed, qos=1, retain=False)
+
+        deadline = time.monotonic() + 20
+        while not any(topic == topics.offer("pi1") for _, topic, _ in broker.log):
+            assert time.monotonic() < deadline, "it never offers"
+            publish(topics.plan, PLAN, Purpose.PLAN)
+            time.sleep(0.01)
+        publish(topics.receipt("pi1"), receipt_of(offer, accepted=True), Purpose.RECEIPT)
+        while (tmp_path / "outbox" / "offer").exists():
+            assert time.monotonic() < deadline, "it never hears the receipt"
+            time.sleep(0.01)
+    finally:
+        agent.stop()
+        thread.join()
+    assert [path.name for path in (tmp_path / "outbox" / "feedback").iterdir()] == ["residual"]
 
 
 def receipt_of(offer: UpdateOffer, *, accepted: bool) -> Receipt:
