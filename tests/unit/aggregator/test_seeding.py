@@ -2,6 +2,7 @@
 
 import time
 from collections.abc import Callable, Iterator
+from itertools import count
 from pathlib import Path
 
 import pytest
@@ -25,12 +26,18 @@ def eventually(condition: Callable[[], object], what: str) -> None:
         time.sleep(0.002)
 
 
+SIZE = 1000
+
+Piece = tuple[Path, ObjectRef]
+
+
 class Server:
     """A seeder on a link whose messages are handed to it as the service does."""
 
     def __init__(self, folder: Path, broker: MemoryBroker) -> None:
         self.broker = broker
         self.present: list[str] = []
+        self.plans = count(1)
         self.link = broker.make_link(ADDRESS, "server", on_event=self.hear)
         self.link.start()
         self.store = Store(folder, "home", create=True)
@@ -41,15 +48,23 @@ class Server:
         if chunk is not None and isinstance(event, Message):
             self.seeder.arrived(chunk[0], event.payload)
 
-    def wants(self, number: int, chunk_bytes: int = 64) -> ObjectRef:
+    def object(self, number: int, chunk_bytes: int = 64) -> Piece:
+        """A file of its own content."""
         path = self.store.checkpoint_path(number)
-        path.write_bytes(bytes([number]) * 1000)
-        ref = ref_of_file(path, chunk_bytes)
-        before = len(self.present)
-        self.seeder.want(path, ref)
-        eventually(lambda: len(self.present) > before, "the broker holds it")
-        assert self.present[-1] == ref.sha256
-        return ref
+        path.write_bytes(bytes([number]) * SIZE)
+        return path, ref_of_file(path, chunk_bytes)
+
+    def wants(self, *pieces: Piece) -> None:
+        """A new plan names these objects; wait until the broker holds them all."""
+        name = f"plan {next(self.plans)}"
+        self.seeder.want(name, pieces)
+        eventually(lambda: name in self.present, "the broker holds them")
+        assert {ref.sha256 for _, ref in pieces} <= set(held(self.broker))
+
+    def wants_one(self, number: int, chunk_bytes: int = 64) -> ObjectRef:
+        piece = self.object(number, chunk_bytes)
+        self.wants(piece)
+        return piece[1]
 
     def close(self) -> None:
         self.seeder.stop()
@@ -83,26 +98,32 @@ def held(broker: MemoryBroker) -> dict[str, int]:
     return sizes
 
 
-def test_the_two_newest_models_are_kept_and_older_ones_cleared(server: Start) -> None:
+def published(broker: MemoryBroker) -> list[str]:
+    """Whose chunks were published, in order, without repetitions; what was cleared does not count."""
+    chunks = [TOPICS.parse_object_chunk(topic) for _, topic, payload in list(broker.log) if payload]
+    return list(dict.fromkeys(chunk[0] for chunk in chunks if chunk is not None))
+
+
+def test_what_the_last_two_plans_name_is_kept_and_older_objects_cleared(server: Start) -> None:
     one = server()
-    first, second, third = (one.wants(number) for number in range(3))
+    first, second, third = (one.wants_one(number) for number in range(3))
     eventually(lambda: first.sha256 not in held(one.broker), "the oldest is cleared")
     assert held(one.broker) == {second.sha256: 1000, third.sha256: 1000}
 
 
 def test_what_an_earlier_process_left_is_cleared_one_day(server: Start) -> None:
     first = server()
-    old = first.wants(0)
+    old = first.wants_one(0)
     first.close()
     second = server()
     assert old.sha256 in held(second.broker)
-    new = second.wants(1)
+    new = second.wants_one(1)
     eventually(lambda: held(second.broker) == {new.sha256: 1000}, "the old one is cleared")
 
 
 def test_after_a_reconnect_only_what_was_lost_is_sent_again(server: Start) -> None:
     one = server()
-    ref = one.wants(0)
+    ref = one.wants_one(0)
     sent = len(one.broker.log)
     one.seeder.connected()
     eventually(lambda: len(one.present) == 2, "it was looked for")
@@ -116,10 +137,10 @@ def test_after_a_reconnect_only_what_was_lost_is_sent_again(server: Start) -> No
 @pytest.mark.parametrize("chunk_bytes", [64, 128, 250])
 def test_a_model_that_is_cut_anew_after_a_restart_is_sent_anew(server: Start, chunk_bytes: int) -> None:
     first = server()
-    old = first.wants(0, chunk_bytes=100)
+    old = first.wants_one(0, chunk_bytes=100)
     first.close()
     second = server()
-    ref = second.wants(0, chunk_bytes=chunk_bytes)
+    ref = second.wants_one(0, chunk_bytes=chunk_bytes)
     assert ref.sha256 == old.sha256
     for index in range(ref.chunks):
         assert len(second.broker.retained[TOPICS.object_chunk(ref.sha256, index)]) in (
@@ -130,11 +151,82 @@ def test_a_model_that_is_cut_anew_after_a_restart_is_sent_anew(server: Start, ch
 
 def test_a_model_that_is_cut_anew_is_not_cleared_as_its_former_self(server: Start) -> None:
     one = server()
-    one.wants(0, chunk_bytes=100)
-    again = one.wants(0, chunk_bytes=128)
-    later = one.wants(1)
-    last = one.wants(2)
+    one.wants_one(0, chunk_bytes=100)
+    again = one.wants_one(0, chunk_bytes=128)
+    later = one.wants_one(1)
+    last = one.wants_one(2)
     eventually(
         lambda: held(one.broker) == {later.sha256: 1000, last.sha256: 1000}, "only the oldest is cleared"
     )
     assert again.sha256 not in held(one.broker)
+
+
+def test_all_objects_of_a_plan_are_brought_in_its_order_and_it_is_told_once(server: Start) -> None:
+    one = server()
+    pieces = [one.object(number) for number in range(3)]
+    one.wants(*pieces)
+    assert published(one.broker) == [ref.sha256 for _, ref in pieces]
+    assert one.present == ["plan 1"]
+
+
+def test_an_object_that_goes_on_from_plan_to_plan_is_sent_once_and_stays(server: Start) -> None:
+    """The full model, over many rounds of deltas."""
+    one = server()
+    model = one.object(0)
+    deltas = [one.object(number) for number in range(1, 6)]
+    for delta in deltas:
+        one.wants(delta, model)
+    kept = {model[1].sha256: SIZE, deltas[-1][1].sha256: SIZE, deltas[-2][1].sha256: SIZE}
+    eventually(lambda: held(one.broker) == kept, "older deltas are cleared")
+    chunks = [topic for _, topic, payload in one.broker.log if payload and model[1].sha256 in topic]
+    assert len(chunks) == model[1].chunks
+    assert one.present == [f"plan {number}" for number in range(1, 6)]
+
+
+def test_a_plan_of_what_is_there_already_is_told_at_once(server: Start) -> None:
+    """As in the next attempt of a round, or the next version that equals the former."""
+    one = server()
+    piece = one.object(0)
+    one.wants(piece)
+    one.seeder.want("again", [piece])
+    assert one.present == ["plan 1", "again"]
+
+
+def test_only_the_last_plan_is_told(server: Start) -> None:
+    """Plans that come while there is no broker: whoever waits for the former one waits in vain."""
+    one = server()
+    one.broker.cut(one.link)
+    one.seeder.want("former", [one.object(0)])
+    one.seeder.want("last", [one.object(1), one.object(2)])
+    one.broker.restore(one.link)
+    one.seeder.connected()
+    eventually(lambda: one.present, "the broker holds them")
+    assert set(one.present) == {"last"}
+
+
+@pytest.mark.parametrize("lost", [0, 1, 2])
+def test_of_several_objects_only_the_one_that_was_lost_is_sent_again(server: Start, lost: int) -> None:
+    one = server()
+    pieces = [one.object(number) for number in range(3)]
+    one.wants(*pieces)
+    gone = pieces[lost][1]
+    for index in range(gone.chunks):
+        one.broker.retained.pop(TOPICS.object_chunk(gone.sha256, index))
+    sent = len(one.broker.log)
+    one.seeder.connected()
+    eventually(lambda: len(one.present) == 2, "it was looked for, and sent")
+    topics = [topic for _, topic, _ in one.broker.log[sent:]]
+    assert topics == [TOPICS.object_chunk(gone.sha256, index) for index in range(gone.chunks)]
+
+
+def test_the_next_process_sends_only_what_the_broker_has_not(server: Start) -> None:
+    first = server()
+    pieces = [first.object(number) for number in range(2)]
+    first.wants(*pieces)
+    first.close()
+    second = server()
+    sent = len(second.broker.log)
+    new = second.object(2)
+    second.wants(new, *pieces)
+    topics = [topic for _, topic, _ in second.broker.log[sent:]]
+    assert topics == [TOPICS.object_chunk(new[1].sha256, index) for index in range(new[1].chunks)]

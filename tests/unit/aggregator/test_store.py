@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 
+from aggregator.records import StoredVersion
 from aggregator.store import REFUSALS_KEPT, Store
 from federation.errors import ConfigError, Rejection
 from federation.task.model_card import HoldOutMetrics
@@ -25,6 +26,7 @@ OFFER = UpdateOffer(
     samples=10,
     metrics=TrainMetrics(loss=1.0, accuracy=0.5, steps=1, train_s=1.0),
 )
+VERSION = StoredVersion("d" * 64, "sq:4")
 
 
 @pytest.fixture
@@ -60,7 +62,7 @@ def test_a_round_from_its_opening_to_its_metrics(store: Store) -> None:
     store.start_folding(1)
     assert again(store).rounds()[0].phase == "folding"
     store.write_checkpoint(1, b"weights")
-    store.close_round(1, 0.5)
+    store.close_round(1, 0.5, VERSION)
     store.record_evaluation(1, 0.25, 0.75, 1.5)
     store.write_metrics(1, HoldOutMetrics(loss=0.25, accuracy=0.75, samples=4))
     (row,) = again(store).rounds()
@@ -92,8 +94,9 @@ STEPS: dict[str, Callable[[Store], object]] = {
     "stored": store_update,
     "recorded": lambda store: store.record_update(1, "pi1", OFFER),
     "folding": lambda store: store.start_folding(1),
+    "encoded": lambda store: store.write_delta(1, b"delta"),
     "averaged": lambda store: store.write_checkpoint(1, b"weights"),
-    "closed": lambda store: store.close_round(1, 0.5),
+    "closed": lambda store: store.close_round(1, 0.5, VERSION),
     "evaluated": lambda store: store.record_evaluation(1, 0.25, 0.75, 1.0),
 }
 
@@ -120,7 +123,9 @@ def test_a_kill_after_any_step_keeps_what_was_committed(tmp_path: Path, last: st
         assert len(rows) == ("opened" in done)
         assert list(store.updates(1)) == (["pi1"] if "recorded" in done else [])
         assert store.update_path(1, "pi1").exists() == ("recorded" in done and "closed" not in done)
+        assert store.delta_path(1).exists() == ("encoded" in done)
         assert store.checkpoint_path(1).exists() == ("averaged" in done)
+        assert store.version(1) == (VERSION if "closed" in done else None)
         if rows:
             phase = "closed" if "closed" in done else "folding" if "folding" in done else "open"
             assert (rows[0].phase, rows[0].accuracy) == (phase, 0.75 if "evaluated" in done else None)
@@ -181,7 +186,7 @@ def test_a_sweep_deletes_leftovers_only(store: Store) -> None:
     store.sweep()
     assert all(path.exists() for path in kept)
     assert not any(path.exists() for path in [*leftovers, interrupted])
-    store.close_round(2, 0.1)
+    store.close_round(2, 0.1, VERSION)
     assert not list((store.folder / "incoming").iterdir())
     assert not list((store.folder / "updates").iterdir())
 
@@ -194,15 +199,60 @@ def test_a_new_upload_of_an_agent_takes_the_place_of_its_former_one_only(store: 
     assert [path.exists() for path in others] == [False, True, True, True]
 
 
-@pytest.mark.parametrize(("keep", "left"), [(0, [0, 1, 2, 3]), (1, [3]), (2, [2, 3]), (9, [0, 1, 2, 3])])
-def test_the_newest_checkpoints_are_kept(store: Store, keep: int, left: list[int]) -> None:
+@pytest.mark.parametrize(
+    ("keep", "spare", "left"),
+    [
+        (0, 9, [0, 1, 2, 3]),
+        (1, 9, [3]),
+        (2, 3, [2, 3]),
+        (2, 0, [0, 2, 3]),
+        (9, 0, [0, 1, 2, 3]),
+    ],
+)
+def test_the_newest_checkpoints_and_the_spared_one_are_kept(
+    store: Store, keep: int, spare: int, left: list[int]
+) -> None:
     for number in range(4):
         store.write_checkpoint(number, b"weights")
+        store.write_delta(number, b"delta")
         store.write_metrics(number, HoldOutMetrics(loss=0.0, accuracy=1.0, samples=1))
-    store.prune_checkpoints(keep)
+    store.prune_checkpoints(keep, spare=spare)
     for number in range(4):
         path = store.checkpoint_path(number)
         assert path.exists() == path.with_suffix(".json").exists() == (number in left)
+        assert store.delta_path(number).exists(), "they are pruned apart"
+
+
+@pytest.mark.parametrize(("keep", "left"), [(1, [3]), (2, [2, 3]), (9, [1, 2, 3])])
+def test_the_newest_deltas_are_kept(store: Store, keep: int, left: list[int]) -> None:
+    for number in range(1, 4):
+        store.write_checkpoint(number, b"weights")
+        store.write_delta(number, b"delta")
+    store.prune_deltas(keep)
+    for number in range(1, 4):
+        assert store.delta_path(number).exists() == (number in left)
+        assert store.checkpoint_path(number).exists()
+
+
+def test_a_version_is_known_once_it_was_recorded(store: Store) -> None:
+    assert store.version(1) is None
+    store.record_version(1, "e" * 64, "full")
+    assert again(store).version(1) == StoredVersion("e" * 64, "full")
+    store.open_round(1, 1, ("pi1",), base="b" * 64, encoding="float32", deadline_s=60.0)
+    store.close_round(1, 0.5, VERSION)
+    assert again(store).version(1) == VERSION, "a fold that is repeated has the last word"
+    assert store.version(2) is None
+
+
+def test_the_folder_of_a_fedge_that_knew_no_versions_gets_a_table_for_them(store: Store) -> None:
+    store.open_round(1, 1, ("pi1",), base="b" * 64, encoding="float32", deadline_s=60.0)
+    store.read("DROP TABLE versions")
+    store.close()
+    with again(store) as later:
+        assert [row.round for row in later.rounds()] == [1]
+        assert later.version(0) is None
+        later.close_round(1, 0.5, VERSION)
+        assert later.version(1) == VERSION
 
 
 def test_agents_are_kept_as_they_last_announced_themselves(store: Store) -> None:
@@ -262,7 +312,7 @@ def test_a_new_run_keeps_what_was_learned_and_drops_the_open_round(store: Store)
         store.open_round(number, 1, ("pi1",), base="b" * 64, encoding="float32", deadline_s=60.0)
         path = accept(store, "pi1", number)
         if number == 1:
-            store.close_round(1, 0.1)
+            store.close_round(1, 0.1, VERSION)
     store.begin_run()
     store.sweep()
     assert not path.exists()
