@@ -15,8 +15,9 @@ from federation.task.names import did_you_mean
 from federation.wire.encodings.grid import Int4, Int8
 from federation.wire.encodings.plain import Float16, Float32, Zero
 from federation.wire.encodings.protocol import Encoding, Scheme
-from federation.wire.encodings.rotated import Rotated1, Rotated2, Ternary
+from federation.wire.encodings.rotated import Rotated1, Rotated2
 from federation.wire.encodings.sq import Sq
+from federation.wire.encodings.ternary import Ternary
 from federation.wire.encodings.topk import TopK
 
 __all__ = ["ENCODINGS", "RAW", "ZERO", "Encoding", "Family", "Scheme", "encoding_named"]

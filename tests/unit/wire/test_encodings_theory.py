@@ -11,9 +11,9 @@ from federation.errors import ConfigError
 from federation.wire.codec import decode, encode, max_encoded_bytes, schema_of
 from federation.wire.encodings import ENCODINGS, encoding_named
 from federation.wire.encodings.grid import INT8, Int4
-from federation.wire.encodings.rotated import ternary_error
 from federation.wire.encodings.rotation import hadamard, layout_of, signs_of
 from federation.wire.encodings.sq import SQ
+from federation.wire.encodings.ternary import ternary_error
 
 Matrix = NDArray[np.float32]
 
