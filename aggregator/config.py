@@ -121,7 +121,7 @@ class AggregatorConfig(Table, frozen=True):
         up_encoding: Of the updates that agents send, e.g. "sq:16" or "float32" (docs/protocol.md, encodings).
         down_encoding: Of the global model's change that agents fetch, e.g. "sq:4"; "full" sends every round's model whole in float32.
         max_noise: Most noise that coarse encodings may add to the average of the updates, and again to the model's change, as a share of the mean square of the weights of each tensor; they are finer where it takes that. 0 sets no bound.
-        keep_deltas: Rounds that an agent may miss and still fetch deltas only; one that missed more fetches the whole model.
+        keep_deltas: Rounds whose deltas can be fetched; an agent that missed fewer fetches deltas only, one that missed as many the whole model.
         keep_checkpoints: Newest checkpoints to keep, at least 2; 0 keeps all.
     """
 

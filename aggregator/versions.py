@@ -55,7 +55,8 @@ class Versions:
 
     Args:
         store: Holds checkpoints and deltas.
-        keep: Rounds that a device may miss and still be led on by deltas; 0 sends full models only.
+        keep: Deltas to offer; a device that missed fewer rounds is led on by them (in the round that it took part in it got
+            the version before that round's). 0 sends full models only.
     """
 
     def __init__(self, store: Store, keep: int) -> None:
