@@ -32,16 +32,21 @@ IMAGES = {"cnn": 96, "resnet18": 32}
 
 SIDE = {"mnist": 28, "digits": 8}
 
-IDLE_S = 10.0
-"""For which the devices wait for the last one to join: what they take then is what an idle device takes."""
+QUICK_IDLE_S, IDLE_S = 10.0, 65.0
+"""For which the devices wait for the last one to join; the longer one is longer than any side's keepalive."""
+
+TELEMETRY_S = 60.0
+"""The agent's default."""
 
 SETTLE_S = 5.0
 """After which a started device has loaded what it loads."""
 
 TIMEOUT_S = 1200.0
 
+IDLE = "a device that is connected and waits, before its first round"
+AFTER = "a device that waits again, after its last round"
+
 _SERVER = "server"
-_MIB = 1 << 20
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,6 +59,7 @@ class Side:
         down: The same, towards the device.
         first_down: Bytes towards one device until the end of the first round.
         idle_mb: Resident memory of a device that waits, before it ever trained.
+        after_mb: Of a device that waits again, after its last round.
         device_mb: Peak over the run, median over the devices.
         device_pss_mb: The same of the first device's proportional set size.
         server_mb: Peak of the server after the first round.
@@ -66,6 +72,7 @@ class Side:
     down: float
     first_down: float
     idle_mb: float
+    after_mb: float
     device_mb: float
     device_pss_mb: float
     server_mb: float
@@ -91,17 +98,20 @@ def measure(options: Options, results: Results) -> None:
                 children.start(f"{model}-images", *module("benchmarks.pictures", *arguments)), START_S
             )
             shares = [images / str(number) for number in range(1, AGENTS + 1)]
-            rounds_theirs, rounds_ours = (4, 20) if options.quick else (7, 30)
+            rounds_theirs, rounds_ours, idle_s = (4, 20, QUICK_IDLE_S) if options.quick else (7, 30, IDLE_S)
             say(f"{model}: Flower {environment.version}, {AGENTS} devices, {rounds_theirs} rounds")
             run = Run(model, data.spec, rounds_theirs, AGENTS, train=TRAIN)
-            theirs = flower(
-                children, options.folder / f"{model}-flower", environment, run, shares, SIDE[name]
-            )
+            folder = options.folder / f"{model}-flower"
+            theirs = flower(children, folder, environment, run, shares, SIDE[name], idle_s)
             say(f"{model}: fedge, {AGENTS} devices, {rounds_ours} rounds")
             run = Run(model, data.spec, rounds_ours, AGENTS, train=TRAIN)
-            ours = fedge(children, options.folder / f"{model}-fedge", run, shares)
+            ours = fedge(children, options.folder / f"{model}-fedge", run, shares, idle_s)
             suffix = ("" if model == "cnn" else f"_{model}") + data.suffix
-            compare(theirs, ours, torch_mb, suffix, f"Flower {environment.version}", results)
+            comparison = Comparison(theirs, ours, suffix, f"Flower {environment.version}", results)
+            comparison.overhead_and_bytes()
+            comparison.memory(torch_mb)
+            if idle_s == IDLE_S:
+                comparison.both("idle_bytes_s", "B/s", lambda side: side.idle_bytes_s, IDLE)
 
 
 def bare_torch_mb(children: Children) -> float:
@@ -115,7 +125,13 @@ def bare_torch_mb(children: Children) -> float:
 
 
 def flower(
-    children: Children, folder: Path, environment: Environment, run: Run, shares: Sequence[Path], side: int
+    children: Children,
+    folder: Path,
+    environment: Environment,
+    run: Run,
+    shares: Sequence[Path],
+    side: int,
+    idle_s: float,
 ) -> Side:
     """Run SuperLink, SuperNodes and app."""
     deployment = Deployment(children, folder, environment)
@@ -125,20 +141,21 @@ def flower(
         nodes = []
         for number, share in enumerate(shares, 1):
             if number == len(shares):
-                idle = wait_idle(children, observer)
+                idle = wait_idle(children, observer, idle_s)
             proxy = proxies.enter_context(CountingProxy(deployment.port))
             nodes.append(deployment.join(number, proxy.port, share))
             watch(observer, number, nodes[-1], proxy)
         marks = deployment.run(run, side, TIMEOUT_S)
         overheads = [mark.at - before.at - mark.longest_train_s for before, mark in pairwise(marks[1:])]
-        measured = taken(observer, run, idle, overheads, marks[1].at, marks[-1].at)
+        after_mb = wait_idle(children, observer, SETTLE_S)[0]
+        measured = taken(observer, run, idle, after_mb, overheads, marks[1].at, marks[-1].at)
         children.stop(*nodes, server)
     return measured
 
 
-def fedge(children: Children, folder: Path, run: Run, shares: Sequence[Path]) -> Side:
+def fedge(children: Children, folder: Path, run: Run, shares: Sequence[Path], idle_s: float) -> Side:
     """Run `aggregator serve` with its embedded broker, and `edge-agent run` processes, as they are by default."""
-    fleet = Fleet(children, folder, run)
+    fleet = Fleet(children, folder, run, telemetry_s=TELEMETRY_S)
     with Observer() as observer, ExitStack() as proxies:
         ways = [proxies.enter_context(CountingProxy(fleet.port)) for _ in shares]
         bundles = [fleet.enroll(f"agent-{number}", port=way.port) for number, way in enumerate(ways, 1)]
@@ -149,14 +166,15 @@ def fedge(children: Children, folder: Path, run: Run, shares: Sequence[Path]) ->
             if number == len(shares):
                 for agent in agents:
                     children.until(partial(is_connected, agent.log), START_S, f"{agent.name} is connected")
-                idle = wait_idle(children, observer)
+                idle = wait_idle(children, observer, idle_s)
             agents.append(fleet.start(bundle, f"imagefolder:{share}"))
             watch(observer, number, agents[-1], way)
         done = fleet.finish(server, TIMEOUT_S)
+        after_mb = wait_idle(children, observer, SETTLE_S)[0]
         ends = [each.row.closed_at for each in done]
         assert ends[0] is not None
         assert ends[-1] is not None
-        measured = taken(observer, run, idle, beyond_training(done), ends[0], ends[-1])
+        measured = taken(observer, run, idle, after_mb, beyond_training(done), ends[0], ends[-1])
         children.stop(*agents, server)
     return measured
 
@@ -172,21 +190,22 @@ def watch(observer: Observer, number: int, child: Child, proxy: CountingProxy) -
     observer.count(f"device-{number}", proxy)
 
 
-def wait_idle(children: Children, observer: Observer) -> tuple[float, float]:
+def wait_idle(children: Children, observer: Observer, idle_s: float) -> tuple[float, float]:
     """Let the devices wait; returns the first one's peak memory, MiB, and its bytes a second."""
     began = time.time()
     children.until(
-        lambda: time.time() > began + SETTLE_S + IDLE_S, 2 * (SETTLE_S + IDLE_S), "devices are idle"
+        lambda: time.time() > began + SETTLE_S + idle_s, 2 * (SETTLE_S + idle_s), "devices are idle"
     )
-    since, until = began + SETTLE_S, began + SETTLE_S + IDLE_S
+    since, until = began + SETTLE_S, began + SETTLE_S + idle_s
     traffic = observer.bytes_between("device-1", since, until)
-    return observer.peak_mb("device-1", since, until), (traffic.up + traffic.down) / IDLE_S
+    return observer.peak_mb("device-1", since, until), (traffic.up + traffic.down) / idle_s
 
 
 def taken(
     observer: Observer,
     run: Run,
     idle: tuple[float, float],
+    after_mb: float,
     overheads: Sequence[float],
     first: float,
     last: float,
@@ -201,6 +220,7 @@ def taken(
         down=sum(each.down for each in traffic) / rounds,
         first_down=middle(observer.bytes_between(device, 0, first).down for device in devices),
         idle_mb=idle[0],
+        after_mb=after_mb,
         device_mb=middle(observer.peak_mb(device, until=last) for device in devices),
         device_pss_mb=observer.peak_pss_mb(devices[0], until=last),
         server_mb=observer.peak_mb(_SERVER, first, last),
@@ -209,52 +229,66 @@ def taken(
     )
 
 
-def compare(theirs: Side, ours: Side, torch_mb: float, suffix: str, peer: str, results: Results) -> None:
-    """Add both sides' figures and their ratios, theirs / ours."""
+@dataclass(frozen=True, slots=True)
+class Comparison:
+    """Adds both sides' figures, and their ratios: theirs / ours.
 
-    def both(key: str, unit: str, of: Callable[[Side], float], how: str) -> float:
-        results.add(f"{key}_theirs{suffix}", of(theirs), unit, f"{peer}: {how}")
-        results.add(f"{key}_ours{suffix}", of(ours), unit, f"fedge: {how}")
-        return of(theirs) / of(ours)
+    Attributes:
+        theirs: The peer's.
+        ours: fedge's.
+        suffix: Of the keys.
+        peer: Its name and version.
+        results: Take the figures.
+    """
 
-    def ratio(key: str, value: float, how: str) -> None:
-        results.add(f"{key}{suffix}", value, "x", f"theirs / ours: {how}")
+    theirs: Side
+    ours: Side
+    suffix: str
+    peer: str
+    results: Results
 
-    period = "a round's period less its longest training; median over all rounds but the first"
-    overhead = both("overhead_s", "s", lambda side: middle(side.overhead_s), period)
-    spread = " and ".join(
-        f"{min(side.overhead_s):.3g}-{max(side.overhead_s):.3g} s" for side in (theirs, ours)
-    )
-    ratio("overhead_ratio", overhead, f"{period}; {spread}")
-    mean = "TCP payload of one device in one round, mean over devices and all rounds but the first"
-    up = both("up_kb", "KB", lambda side: side.up / 1000, f"{mean}, from the device")
-    down = both("down_kb", "KB", lambda side: side.down / 1000, f"{mean}, to the device")
-    ratio("bytes_ratio", (theirs.up + theirs.down) / (ours.up + ours.down), f"{mean}, both directions")
-    ratio("up_bytes_ratio", up, "from the device")
-    ratio("down_bytes_ratio", down, "to the device")
-    both(
-        "first_down_kb",
-        "KB",
-        lambda side: side.first_down / 1000,
-        "to a device until the first round's end; median",
-    )
-    peak = "peak sum of the RSS of a device's processes over the run, median over the devices"
-    ratio("device_memory_ratio", both("device_mb", "MB", lambda side: side.device_mb, peak), peak)
-    beyond = "the same, beyond what `import torch` takes"
-    ratio("device_over_torch_ratio", (theirs.device_mb - torch_mb) / (ours.device_mb - torch_mb), beyond)
-    pss = "the same as proportional set size, of one device: what several processes of this machine share is divided"
-    ratio("device_pss_ratio", both("device_pss_mb", "MB", lambda side: side.device_pss_mb, pss), pss)
-    idle = "a device that is connected and waits, before its first round: sum of its processes' RSS"
-    ratio("device_idle_ratio", both("device_idle_mb", "MB", lambda side: side.idle_mb, idle), idle)
-    server = "peak sum of the RSS of the server's processes (with the broker) after the first round"
-    ratio("server_memory_ratio", both("server_mb", "MB", lambda side: side.server_mb, server), server)
-    both(
-        "server_start_mb",
-        "MB",
-        lambda side: side.server_start_mb,
-        "the same until the end of the first round",
-    )
-    both("idle_bytes_s", "B/s", lambda side: side.idle_bytes_s, "a waiting device, both directions")
+    def both(self, key: str, unit: str, of: Callable[[Side], float], how: str) -> None:
+        """Add a figure of each side."""
+        self.results.add(f"{key}_theirs{self.suffix}", of(self.theirs), unit, f"{self.peer}: {how}")
+        self.results.add(f"{key}_ours{self.suffix}", of(self.ours), unit, f"fedge: {how}")
+
+    def ratio(self, key: str, of: Callable[[Side], float], how: str) -> None:
+        """Add their quotient."""
+        self.results.add(f"{key}{self.suffix}", of(self.theirs) / of(self.ours), "x", f"theirs / ours: {how}")
+
+    def overhead_and_bytes(self) -> None:
+        """What a round costs beyond training."""
+        how = "a round's period less its longest training; median over all rounds but the first"
+        self.both("overhead_s", "s", lambda side: middle(side.overhead_s), how)
+        spread = " and ".join(
+            f"{min(side.overhead_s):.3g}-{max(side.overhead_s):.3g} s" for side in (self.theirs, self.ours)
+        )
+        self.ratio("overhead_ratio", lambda side: middle(side.overhead_s), f"{how}; {spread}")
+        how = "TCP payload of one device in one round, mean over devices and all rounds but the first"
+        self.both("up_kb", "KB", lambda side: side.up / 1000, f"{how}, from the device")
+        self.both("down_kb", "KB", lambda side: side.down / 1000, f"{how}, to the device")
+        self.ratio("bytes_ratio", lambda side: side.up + side.down, f"{how}, both directions")
+        how = "TCP payload to a device until the end of the first round, median over the devices"
+        self.both("first_down_kb", "KB", lambda side: side.first_down / 1000, how)
+
+    def memory(self, torch_mb: float) -> None:
+        """What devices and server hold."""
+        how = "peak sum of the RSS of a device's processes over the run, median over the devices"
+        self.both("device_mb", "MB", lambda side: side.device_mb, how)
+        self.ratio("device_memory_ratio", lambda side: side.device_mb, how)
+        how = "the same, beyond what `import torch` takes"
+        self.ratio("device_over_torch_ratio", lambda side: side.device_mb - torch_mb, how)
+        how = "one device's proportional set size: what several processes of this machine share is divided"
+        self.both("device_pss_mb", "MB", lambda side: side.device_pss_mb, how)
+        self.ratio("device_pss_ratio", lambda side: side.device_pss_mb, how)
+        self.both("device_idle_mb", "MB", lambda side: side.idle_mb, IDLE)
+        self.ratio("device_idle_ratio", lambda side: side.idle_mb, IDLE)
+        self.both("device_after_mb", "MB", lambda side: side.after_mb, AFTER)
+        how = "peak sum of the RSS of the server's processes (with the broker) after the first round"
+        self.both("server_mb", "MB", lambda side: side.server_mb, how)
+        self.ratio("server_memory_ratio", lambda side: side.server_mb, how)
+        how = "the same until the end of the first round"
+        self.both("server_start_mb", "MB", lambda side: side.server_start_mb, how)
 
 
 if __name__ == "__main__":
