@@ -53,6 +53,7 @@ class Outbox:
         self._feedback = Feedback(folder / "feedback")
         self._federation, self._agent, self._key = federation, agent, key
         self._preferred_chunk_bytes = preferred_chunk_bytes
+        self._sent: set[tuple[str, int]] = set()
 
     def put(
         self,
@@ -135,8 +136,18 @@ class Outbox:
         return self._offer.read_bytes()
 
     def chunk(self, offer: UpdateOffer, index: int) -> bytes:
-        """One chunk of the update."""
-        return read_chunk(self._update, offer.object, index)
+        """One chunk of the update.
+
+        It is compared with its digest when it is asked for again: the aggregator does so with every chunk, and asks
+        again for one that is damaged.
+
+        Raises:
+            VerificationError: If the disk has lost or changed it.
+            ConfigError: If it cannot be read.
+        """
+        again = (offer.object.sha256, index) in self._sent
+        self._sent.add((offer.object.sha256, index))
+        return read_chunk(self._update, offer.object, index, check=again)
 
     def settle(self, receipt: Receipt) -> None:
         """Take note of what a receipt says, before the update is forgotten: what it left out comes into effect or not."""
@@ -144,6 +155,7 @@ class Outbox:
 
     def clear(self) -> None:
         """Forget the update."""
+        self._sent.clear()
         self._offer.unlink(missing_ok=True)
         self._update.unlink(missing_ok=True)
         self._feedback.abandon()

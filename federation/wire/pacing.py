@@ -19,7 +19,7 @@ _RATE_DECAY = 1 / 16
 """How fast a lower rate is believed; a higher one is at once. A sample is too low when the chunk came first of a burst,
 never too high (BBR takes the maximum of ten round trips for the same reason)."""
 
-_JITTER_S = 0.05
+_JITTER_S = 0.1
 """Floor of the path's delay: a busy device's threads do not answer faster than this at all times."""
 
 SLOWEST_BYTES_S = 12 * 1024

@@ -180,6 +180,7 @@ class SendQueue:
                 self._check_size(job)
             if self._waiting_bytes + size > WAITING_BYTES:
                 return False
+            first = not self._control and not self._bulk
             if not isinstance(job, Publish) or not job.bulk:
                 self._control.append(job)
             elif job.topic in self._waiting_topics or self._ending:
@@ -188,7 +189,8 @@ class SendQueue:
                 self._waiting_topics.add(job.topic)
                 self._append_bulk(job)
             self._waiting_bytes += size
-        self._wake()
+        if first:  # else whoever takes the one before takes this one too
+            self._wake()
         return True
 
     def put_bulk(self, job: Publish, timeout_s: float) -> None:
