@@ -29,7 +29,9 @@ def write_frame(delta: Tensors, encoding: str) -> bytes:
     for name in sorted(delta):
         array = np.ascontiguousarray(delta[name], dtype="<f4")
         scheme, parameters, blob = "zero", list[float](), b""
-        if array.any():
+        if array.any() and name.endswith("running_var"):
+            scheme, blob = "float32", array.tobytes()
+        elif array.any():
             scheme, parameters, blob = write_tensor(array, encoding)
             if _aligned(array.nbytes) <= _aligned(len(blob)) + 9 * len(parameters):
                 scheme, parameters, blob = "float32", [], array.tobytes()

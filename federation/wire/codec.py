@@ -49,6 +49,10 @@ _MAX_ARRAY_GROWTH: Final = 4
 _HEADER_SLACK_BYTES: Final = 4096
 """By how much a foreign header may exceed ours and still be parsed, so that the refusal can name what is wrong."""
 
+_VARIANCE: Final = "running_var"
+"""How PyTorch's normalisation layers call the running variance of each channel. A channel that dies takes it from 1 to
+almost 0; with a rounding error it may become negative, and its square root NaN. So variances are sent as they are."""
+
 _NAMES_SHOWN: Final = 3
 
 
@@ -82,7 +86,8 @@ def encode(
 ) -> bytes:
     """Write tensors as one frame, in the order of their names.
 
-    A tensor that the encoding would not make smaller is sent as it is; one that is all zero takes no bytes.
+    A tensor that the encoding would not make smaller is sent as it is, and so are running variances, which must not
+    become negative by rounding; one that is all zero takes no bytes.
 
     Args:
         delta: Tensors of any shape (0-d and empty ones too), float32.
@@ -186,6 +191,8 @@ def _encode_tensor(
     if not peak:
         return Coded(ZERO.name, (), b"")
     raw = RAW.encode(values, peak, rng)
+    if name.endswith(_VARIANCE):
+        return raw
     coded = encoding.encode(values, peak, rng, noise)
     return raw if _cost(raw) <= _cost(coded) else coded
 
@@ -293,6 +300,8 @@ def _longest_entries(name: str, shape: tuple[int, ...], encoding: Encoding) -> l
         for scheme in (RAW, *encoding.schemes)
     ]
     raw, *coded = entries
+    if name.endswith(_VARIANCE):
+        return [raw]
     if coded and count and all(_room(entry) < _room(raw) for entry in coded):
         return coded  # then the raw form is never the shorter one
     return entries

@@ -332,3 +332,14 @@ def test_parameters_are_taken_in_their_canonical_form_only(spec: str, message: s
 def test_only_topk_needs_state() -> None:
     stateful = {name for name, family in ENCODINGS.items() if encoding_named(family.example).stateful}
     assert stateful == {"topk"}
+
+
+@pytest.mark.parametrize("spec", [family.example for family in ENCODINGS.values()])
+def test_a_running_variance_never_becomes_negative(spec: str, rng: np.random.Generator) -> None:
+    before = np.ones(512, dtype=np.float32)
+    after = rng.lognormal(0, 1, 512).astype(np.float32)
+    after[::3] = 1e-7  # channels that died
+    change = {"bn.running_var": after - before, "bn.weight": rng.normal(size=512).astype(np.float32)}
+    frame = encode(change, spec, rng)
+    assert len(frame) <= max_encoded_bytes(schema_of(change), spec)
+    assert (before + decode(frame, schema_of(change), spec)["bn.running_var"]).min() >= 0
