@@ -143,6 +143,8 @@ class MemoryLink:
         self.filters: dict[str, int] = {}
         self.held: list[Message] = []
         self.ended = False
+        self.heard: list[tuple[str, int]] = []
+        """Topic and payload bytes of every message that was delivered."""
         self.sent_bytes = self.received_bytes = self.sent_payload_bytes = self.received_payload_bytes = 0
         self._connected = False
 
@@ -247,6 +249,7 @@ class MemoryLink:
         )
 
     def hear(self, message: Message) -> None:
+        self.heard.append((message.topic, len(message.payload)))
         self.received_bytes += len(message.topic.encode()) + len(message.payload) + HEADER_BYTES
         self.received_payload_bytes += len(message.payload)
         self.on_event(message)
