@@ -230,6 +230,16 @@ def test_a_delta_that_the_disk_has_damaged_is_fetched_again(device: Device, posi
     assert is_version(device.base_of(plan), 2)
 
 
+def test_a_delta_after_a_full_model_that_the_disk_has_damaged_is_right_in_the_next_attempt(
+    device: Device,
+) -> None:
+    plan = CHAIN.plan(2, oldest=1, full=CHAIN.full(1))
+    device.fetch(plan)
+    (device.folder / f"{CHAIN.steps[1].delta.object.sha256}.object").write_bytes(b"torn")
+    assert not device.rejects(plan, match="delta")
+    assert is_version(device.base_of(plan), 2)
+
+
 def test_a_full_model_that_is_another_version_leaves_no_other_way(tmp_path: Path) -> None:
     data = full_file(built(SEED + 1))
     ref = make_ref(data, 512)

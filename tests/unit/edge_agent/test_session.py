@@ -148,6 +148,13 @@ def test_the_same_plan_again_changes_nothing() -> None:
     assert feed(session, PlanArrived(plan()), PlanArrived(plan(attempt=2))) == []
 
 
+def test_the_same_offer_again_does_not_interrupt_the_fetching() -> None:
+    session = Session("me")
+    feed(session, PlanArrived(plan()))
+    assert feed(session, PlanArrived(plan()), PlanArrived(plan(attempt=2))) == []
+    assert session.phase is Phase.FETCHING
+
+
 def test_an_older_plan_is_a_replay() -> None:
     session = delivering(3)
     commands = feed(session, PlanArrived(plan(2)), PlanArrived(idle(2)))
