@@ -4,6 +4,7 @@ from typing import Annotated
 
 from msgspec import Meta, Struct
 
+from federation.wire.credit import CREDIT_BYTES
 from federation.wire.messages import (
     MAX_CHUNK_BYTES,
     MAX_DELTAS,
@@ -95,6 +96,7 @@ class BrokerConfig(Table, frozen=True):
         username: Account of the aggregator on an external broker; empty uses the enrolled account.
         password: Its password; set FEDGE_BROKER_PASSWORD instead of writing it here.
         chunk_bytes: Largest payload of one MQTT message; lowered to what the broker takes.
+        credit_bytes: Bytes of updates that the agents together are asked for and that have not arrived. It bounds what the broker and the aggregator hold of them in memory.
         connect_timeout_s: Seconds after which `serve` gives up when the broker cannot be reached at start.
     """
 
@@ -109,6 +111,7 @@ class BrokerConfig(Table, frozen=True):
     username: str = ""
     password: str = ""
     chunk_bytes: Annotated[int, Meta(ge=1024, le=MAX_CHUNK_BYTES)] = 96 * 1024
+    credit_bytes: Annotated[int, Meta(ge=1 << 20, le=1 << 30)] = CREDIT_BYTES
     connect_timeout_s: Positive = 30.0
 
 

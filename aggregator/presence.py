@@ -25,6 +25,7 @@ class Presence:
         enrolled: Whether an agent is (still) enrolled.
         encoding: That an agent must be able to write to take part.
         on_gone: Called with the name of an agent that went away.
+        on_back: Called with the name of an agent whose link is back, in the same life or in a new one.
     """
 
     def __init__(
@@ -34,8 +35,10 @@ class Presence:
         enrolled: Callable[[str], bool],
         encoding: str,
         on_gone: Callable[[str], None],
+        on_back: Callable[[str], None],
     ) -> None:
-        self._store, self._enrolled, self._on_gone = store, enrolled, on_gone
+        self._store, self._enrolled = store, enrolled
+        self._on_gone, self._on_back = on_gone, on_back
         self._family = encoding_named(encoding).name
         self._sessions: dict[str, str] = {}
         self._reported_at: dict[str, float] = {}
@@ -68,7 +71,10 @@ class Presence:
         return [AgentOffline(agent)]
 
     def _birth(self, agent: str, state: AgentState) -> list[Event]:
-        if self._sessions.get(agent) == state.session:
+        known = self._sessions.get(agent)
+        if known is not None:
+            self._on_back(agent)
+        if known == state.session:
             return []
         self._sessions[agent] = state.session
         self._store.record_agent(agent, state)

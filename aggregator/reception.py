@@ -12,7 +12,7 @@ from aggregator.folding import keep_update
 from aggregator.rounds import AgentOut, Event, UpdateStored
 from aggregator.store import Store
 from federation.errors import PeerError, Rejection, TransportError
-from federation.wire.credit import Progress
+from federation.wire.credit import CREDIT_BYTES, Progress
 from federation.wire.link import LinkLike
 from federation.wire.messages import Credit, Decline, Receipt, UpdateOffer, encode_msgpack
 from federation.wire.objects import PartialObject
@@ -65,6 +65,7 @@ class Reception:
         limits: Bounds on an update.
         executor: Where complete uploads are checked.
         post: Hands a :class:`Checked` back to the loop, from any thread.
+        credit_bytes: What all agents together are asked for at once.
     """
 
     def __init__(
@@ -78,11 +79,12 @@ class Reception:
         limits: Limits,
         executor: Executor,
         post: Callable[[Checked], None],
+        credit_bytes: int = CREDIT_BYTES,
     ) -> None:
         self._link, self._topics, self._store = link, topics, store
         self._key, self._key_of, self._limits = key, key_of, limits
         self._executor, self._post = executor, post
-        self._credits = CreditScheduler()
+        self._credits = CreditScheduler(credit_bytes=credit_bytes)
         self._uploads: dict[str, _Upload] = {}
         self._checking: dict[str, str] = {}
         self._last_refusal: dict[tuple[str, Rejection], float] = {}
@@ -117,6 +119,10 @@ class Reception:
         upload = self._uploads.pop(agent, None)
         if upload is not None:
             upload.partial.close()
+
+    def back(self, agent: str) -> None:
+        """The agent's link was lost and is back: what was on its way is asked for anew."""
+        self._credits.reconnected(agent)
 
     def message(self, agent: str, data: bytes, now: float) -> list[Event]:
         """Take a signed message from an agent's branch.

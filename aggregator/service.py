@@ -44,6 +44,7 @@ from federation.errors import Rejection
 from federation.task.checkpoint import CheckpointInfo
 from federation.task.model_card import HoldOutMetrics
 from federation.wire.address import BrokerAddress
+from federation.wire.inbox import DEFAULT_INBOX_BYTES
 from federation.wire.link import (
     Connected,
     Disconnected,
@@ -105,7 +106,8 @@ class Service:
     ) -> None:
         self._config, self._store, self._enrolment, self._task = config, store, enrolment, task
         self._topics = Topics(config.federation)
-        self._inbox = Inbox()
+        # What is asked for must fit, also when it comes twice after a lost link.
+        self._inbox = Inbox(max(DEFAULT_INBOX_BYTES, 2 * config.broker.credit_bytes))
         self._announced = Announcements(self._topics, enrolment.aggregator_key(), store.run)
         self._link = make_link(
             address,
@@ -131,12 +133,14 @@ class Service:
             limits=Limits(max_samples=config.rounds.max_samples, max_norm=config.rounds.max_update_norm),
             executor=self._executor,
             post=self._inbox.post,
+            credit_bytes=config.broker.credit_bytes,
         )
         self._presence = Presence(
             store=store,
             enrolled=lambda agent: enrolment.key_of(agent) is not None,
             encoding=config.up_encoding,
             on_gone=self._reception.gone,
+            on_back=self._reception.back,
         )
         self._seeder = Seeder(
             self._link, self._topics, store, lambda version: self._inbox.post(_ModelPresent(version))

@@ -235,6 +235,18 @@ def test_after_a_restart_or_a_lost_link_only_the_rest_is_asked_for(door: Door, t
     restarted.store.close()
 
 
+def test_after_a_lost_link_what_was_on_its_way_is_asked_for_at_once(door: Door) -> None:
+    data = update()
+    door.says(offer(data))
+    asked = door.credits()
+    assert asked
+    door.says(offer(data), now=0.1)
+    assert door.credits() == [], "an agent that is only slow is not asked twice"
+    door.reception.back("pi1")
+    door.says(offer(data), now=0.2)
+    assert door.credits() == asked
+
+
 def test_chunks_that_were_not_asked_for_are_dropped(door: Door) -> None:
     data = update()
     ref = make_ref(data, 64)

@@ -77,7 +77,11 @@ class Reports:
         self.store = store
         self.now = 0.0
         self.presence = Presence(
-            store=store, enrolled=lambda _: True, encoding="float32", on_gone=lambda _: None
+            store=store,
+            enrolled=lambda _: True,
+            encoding="float32",
+            on_gone=lambda _: None,
+            on_back=lambda _: None,
         )
         birth = AgentState(state="online", session=SESSION, capabilities=ABLE)
         self.presence.state("pi1", encode_json(birth))
