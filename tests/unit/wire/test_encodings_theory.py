@@ -145,6 +145,14 @@ def test_noise_stays_within_its_bound(spec: str, bound: float, rng: np.random.Ge
         assert len(frame) == pytest.approx(len(free), rel=0.05), "a bound out of reach changes nothing"
 
 
+@pytest.mark.parametrize("bound", [0.2, 0.1, 0.03])
+def test_ternary_leaves_to_sq_what_it_cannot_make_fine_enough(bound: float, rng: np.random.Generator) -> None:
+    values = update_like(rng)
+    power = float((values.astype(np.float64) ** 2).mean())
+    frame = encode({"x": values}, "ternary:0.05", rng, {"x": bound * power})
+    assert len(frame) < 0.6 * values.size, "int8 would take a byte for each value"
+
+
 @pytest.mark.parametrize("step", [1, 2, 4, 16, 64])
 def test_sq_has_the_error_of_stochastic_rounding(step: float, rng: np.random.Generator) -> None:
     values = update_like(rng)
