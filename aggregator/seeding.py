@@ -171,7 +171,8 @@ class Seeder:
             name, wanted = self._name, self._wanted
             # The former plan's only while they are known to be there: nobody new will ask for them.
             missing = [seeded for seeded in wanted if seeded.ref.sha256 not in self._present]
-            stale = list(self._stale)
+            # Before the first plan nobody knows what of an earlier process's objects it will name again.
+            stale = list(self._stale) if wanted else []
             kept = {seeded.ref.sha256: seeded.ref.chunks for seeded in (*wanted, *self._former)}
         there = self._probe([seeded.ref for seeded in missing if seeded.ref.sha256 in self._doubtful])
         for seeded in missing:

@@ -226,6 +226,9 @@ def test_the_next_process_sends_only_what_the_broker_has_not(server: Start) -> N
     first.close()
     second = server()
     sent = len(second.broker.log)
+    second.seeder.connected()  # long before there are enough agents for a plan
+    second.seeder.connected()
+    eventually(second.seeder._work.empty, "it has seen that")
     new = second.object(2)
     second.wants(new, *pieces)
     topics = [topic for _, topic, _ in second.broker.log[sent:]]
