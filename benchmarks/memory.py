@@ -66,7 +66,7 @@ def aggregator_memory(children: Children, options: Options, results: Results) ->
         "aggregator_first_start_mb",
         first_start,
         "MB",
-        "peak RSS of the process that begins the run: it builds the initial model with torch",
+        "peak RSS of the server that begins the run; the initial model is built with torch in a process that ends",
     )
 
 
