@@ -321,6 +321,17 @@ def wrong_clock(folder: Path, offset_s: float) -> dict[str, str]:
     return {"PYTHONPATH": str(place)}
 
 
+def dies_before(folder: Path, step: str) -> dict[str, str]:
+    """Environment of an aggregator that is killed, as by a power cut, just before it takes this step on its store."""
+    place = folder / f"before-{step}"
+    place.mkdir()
+    (place / "sitecustomize.py").write_text(
+        "import os, signal\nfrom aggregator.store import Store\n"
+        f"Store.{step} = lambda *_: os.kill(os.getpid(), signal.SIGKILL)\n"
+    )
+    return {"PYTHONPATH": str(place)}
+
+
 @dataclass(frozen=True)
 class FinishedRun:
     """Three real agents that have learned together for three rounds, undisturbed, through the embedded broker.

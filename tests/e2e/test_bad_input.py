@@ -29,7 +29,14 @@ GOOD, BAD = ("good-1", "good-2"), ("bad-1", "bad-2", "bad-3", "bad-4")
 ROUNDS = (
     *("--rounds", 1000, "--min-agents", 2, "--cohort-size", len(GOOD) + len(BAD), "--deadline", 60),
     *("--set", "rounds.gather_s=600", "--set", "rounds.quorum=0.4", "--set", "rounds.max_samples=1000"),
-    *("--set", "rounds.max_update_norm=1000", "--set", f"broker.chunk_bytes={CHUNK_BYTES}"),
+    *(
+        "--up-encoding",
+        "float32",
+        "--set",
+        "rounds.max_update_norm=1000",
+        "--set",
+        f"broker.chunk_bytes={CHUNK_BYTES}",
+    ),
 )
 
 
@@ -121,7 +128,7 @@ class AtTheDoor:
 
 
 def too_long(_: UpdateOffer, plan: RoundPlan) -> dict[str, Any]:
-    length = max_encoded_bytes(TINY_SHAPES, plan.encoding) + 1
+    length = max_encoded_bytes(TINY_SHAPES, plan.up_encoding) + 1
     chunks = -(-length // CHUNK_BYTES)
     ref = msgspec.structs.replace(
         make_ref(bytes(length), CHUNK_BYTES), digests=secrets.token_bytes(chunks * CHUNK_DIGEST_BYTES)

@@ -1,6 +1,7 @@
 """Kill -9, silence and full disks in the middle of rounds: nothing is lost, nothing counts twice."""
 
 import os
+import signal
 import subprocess
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -22,15 +23,17 @@ from processes import (
     Federation,
     FinishedRun,
     MakeFederation,
+    Process,
     Tensors,
     begin_tiny_run,
+    dies_before,
     same_bits,
     wrong_clock,
 )
 
 from federation.errors import Rejection
 from federation.wire.link import BrokerAddress
-from federation.wire.messages import Receipt, RoundPlan
+from federation.wire.messages import Receipt, RoundPlan, UpdateOffer
 
 pytestmark = pytest.mark.network
 
@@ -52,6 +55,7 @@ def serving(rounds: int, *more: object) -> tuple[object, ...]:
     return (
         *TINY_TASK,
         *("--rounds", rounds, "--min-agents", 2, "--cohort-size", 3, "--deadline", 120),
+        *("--up-encoding", "float32"),  # what devices without a codec write; deltas go down in the default
         *("--set", "rounds.gather_s=600", "--set", f"broker.chunk_bytes={CHUNK_BYTES}"),
         *more,
     )
@@ -89,20 +93,24 @@ KILL_POINTS = (
     "after the last receipt",
     "at the next plan",
 )
-"""One in each round; a last round is left in peace."""
+FOLD_POINTS = ("write_delta", "write_checkpoint", "close_round")
+"""What the fold does with the store, in this order: the aggregator dies just before it."""
+
+ROUNDS = len(KILL_POINTS) + len(FOLD_POINTS) + 1
+"""One for each point; a last one is left in peace."""
 
 
 def play(federation: Federation, *, kill: bool) -> Tensors:
     """A run of made-up updates, its aggregator killed at each of the points or at none; the last model."""
     begin_tiny_run(federation.state)
-    options = serving(len(KILL_POINTS) + 1)
+    options = serving(ROUNDS)
     for name in NAMES:
         federation.enroll(name)
     server = federation.serve(*options)
     server.until_logged("broker_connected")
     with devices_of(federation) as devices:
-        for number in range(1, len(KILL_POINTS) + 2):
-            point = KILL_POINTS[number - 1] if kill and number <= len(KILL_POINTS) else ""
+        for number in range(1, ROUNDS + 1):
+            point = (*KILL_POINTS, *FOLD_POINTS, "")[number - 1] if kill else ""
 
             def die(here: str, point: str = point) -> None:
                 nonlocal server
@@ -112,6 +120,9 @@ def play(federation: Federation, *, kill: bool) -> Tensors:
 
             plans = {name: device.in_round(number) for name, device in devices.items()}
             die("at the next plan")
+            if point in FOLD_POINTS:
+                server.kill()
+                server = federation.serve(*options, environment=dies_before(federation.folder, point))
             assert deliver(devices["a"], plans["a"]).accepted
             die("between updates")
             assert deliver(devices["b"], plans["b"]).accepted
@@ -124,6 +135,12 @@ def play(federation: Federation, *, kill: bool) -> Tensors:
             for index in chunks[2:]:
                 c.send_chunk(offer, data, index)
             die("with the last chunk")
+            if point in FOLD_POINTS:
+                until_dead(server, c, offer, data)
+                row = federation.round(number)
+                assert row is not None
+                assert (row.phase, row.delivered) == ("folding", 3)
+                server = federation.serve(*options)
             receipt = c.deliver(offer, data)
             # The round may have been closed, with this update, before its receipt was sent and lost.
             assert receipt.accepted or (kill and receipt.code is Rejection.STALE_ROUND)
@@ -133,9 +150,22 @@ def play(federation: Federation, *, kill: bool) -> Tensors:
         assert server.wait() == 0
     rows = federation.report().rounds
     assert [(row.round, row.attempt, row.delivered) for row in rows] == [
-        (number, 1, 3) for number in range(1, len(KILL_POINTS) + 2)
+        (number, 1, 3) for number in range(1, ROUNDS + 1)
     ]
     return federation.tensors(len(rows))
+
+
+def until_dead(server: Process, device: Device, offer: UpdateOffer, data: bytes) -> None:
+    """Send what is asked for until the server dies of it."""
+
+    def dead() -> bool:
+        while device.asked:
+            for index in device.asked.popleft().chunks:
+                device.send_chunk(offer, data, index)
+        return not server.alive()
+
+    device.until(dead, "the end of the server")
+    assert server.wait() == -signal.SIGKILL, server.tail
 
 
 @both_brokers
@@ -201,7 +231,8 @@ def assert_a_newcomer_finds_plan_and_model(federation: Federation, plan: RoundPl
     try:
         assert late.in_round(1) == plan
         assert (
-            late.fetch(plan.base) == (federation.state / "checkpoints/round-000000.safetensors").read_bytes()
+            late.fetch(plan.full.object)
+            == (federation.state / "checkpoints/round-000000.safetensors").read_bytes()
         )
     finally:
         late.stop()
@@ -438,7 +469,7 @@ def test_an_agent_with_a_full_disk_declines_and_takes_part_again_when_there_is_r
         federation.enroll(name)
     server = federation.serve(
         *("--data", "digits", "--rounds", 2, "--min-agents", 2, "--cohort-size", 3, "--deadline", 300),
-        *("--set", "rounds.gather_s=600"),
+        *("--set", "rounds.gather_s=600", "--up-encoding", "float32"),
     )
     ballast = fill(small_disk)
     agent = federation.agent("full", "digits@iid,agent=1/3", "--state", small_disk)
