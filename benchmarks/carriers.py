@@ -226,13 +226,14 @@ def collect(task: Task) -> None:
     """Take one update from each agent, check it, store it, answer it."""
     folder = Path(task.folder)
     peer = Peer(task, "aggregator")
+    keys = {agent: key_for(agent).public_key() for agent in task.agents}
     with Store(folder / "state", "bench", create=True) as store, ThreadPoolExecutor(WORKERS) as executor:
         reception = Reception(
             link=peer.link,
             topics=peer.topics,
             store=store,
             key=key_for("aggregator"),
-            key_of=lambda agent: key_for(agent).public_key(),
+            key_of=keys.get,
             limits=Limits(max_samples=1000),
             executor=executor,
             post=peer.inbox.post,
@@ -251,10 +252,11 @@ def collect(task: Task) -> None:
             )
         )
         stored: dict[str, float] = {}
-        arrived_bytes = 0
+        arrived: set[tuple[str, int]] = set()
+        arrived_bytes, complete_at = 0, 0.0
 
         def take(item: object, now: float) -> None:
-            nonlocal arrived_bytes
+            nonlocal arrived_bytes, complete_at
             if isinstance(item, Checked):
                 if item.error is not None:
                     raise item.error
@@ -267,13 +269,22 @@ def collect(task: Task) -> None:
                 elif topic is not None and topic.kind == "chunk":
                     arrived_bytes += len(item.payload)
                     reception.chunk(topic.agent, topic.sha256, topic.index, item.payload, now)
+                    if (topic.agent, topic.index) not in arrived:
+                        arrived.add((topic.agent, topic.index))
+                        complete_at = time.monotonic()
 
         peer.link.subscribe([(peer.topics.up("+"), 1)])
         wait_for_go(folder)
         while len(stored) < len(task.agents):
             peer.turn(reception.next_wakeup(), take, reception.tick)
         kept = sum(store.update_path(1, agent).stat().st_size for agent in task.agents)
-        tell("done", finished=max(stored.values()), bytes=kept, arrived_bytes=arrived_bytes)
+        tell(
+            "done",
+            finished=complete_at,
+            receipted=max(stored.values()),
+            bytes=kept,
+            arrived_bytes=arrived_bytes,
+        )
         stay()
 
 

@@ -79,11 +79,14 @@ class Outcome:
     """One run.
 
     Attributes:
-        rate: Delivered bytes over the time from the first publish to the last delivery, MB/s.
+        rate: Delivered bytes over the time from the first publish to the last delivery, MB/s. Delivered is, in a raw
+            run, handed to the callback; in ours, verified and written to its file.
         lost: Messages that did not arrive.
         extra: Payload bytes that came more than once, as a share of the object's.
         broker_mb: Peak of the broker, MiB.
         aggregator_mb: Peak of the aggregator's side, MiB; 0 in a raw run.
+        receipt_rate: As ``rate``, until the last receipt of an upload: each update was then read back, hashed as a
+            whole, decoded, checked, synced and recorded; 0 otherwise.
     """
 
     rate: float
@@ -91,6 +94,7 @@ class Outcome:
     extra: float
     broker_mb: float
     aggregator_mb: float = 0.0
+    receipt_rate: float = 0.0
 
 
 class Run:
@@ -165,11 +169,11 @@ class Run:
         return [record for record in map(json.loads, lines) if record.get("event") == event]
 
 
-def summary(told: dict[str, list[dict[str, float]]]) -> tuple[float, float]:
-    """Bytes delivered, and seconds from the first publish to the last delivery."""
+def summary(told: dict[str, list[dict[str, float]]], end: str = "finished") -> tuple[float, float]:
+    """Bytes delivered, and seconds from the first publish to the last delivery, or to another ``end``."""
     records = [record for records in told.values() for record in records]
     began = min(record["began"] for record in records if "began" in record)
-    finished = max(record["finished"] for record in records if "finished" in record)
+    finished = max(record[end] for record in records if end in record)
     return sum(record.get("bytes", 0) for record in records), finished - began
 
 
@@ -205,11 +209,17 @@ def our_up(children: Children, folder: Path, length: int, agents: int) -> Outcom
         run.ours("offer", some, length)
     told = run.go()
     delivered, seconds = summary(told)
+    receipted = summary(told, "receipted")[1]
     arrived = sum(record.get("arrived_bytes", 0) for records in told.values() for record in records)
     broker_mb, aggregator_mb = run.finish(aggregator=collector)
     lost = max(0, agents * length - int(delivered))
     return Outcome(
-        delivered / seconds / MB, -(-lost // CHUNK_BYTES), arrived / delivered - 1, broker_mb, aggregator_mb
+        delivered / seconds / MB,
+        -(-lost // CHUNK_BYTES),
+        arrived / delivered - 1,
+        broker_mb,
+        aggregator_mb,
+        delivered / receipted / MB,
     )
 
 
@@ -274,8 +284,15 @@ def direction(children: Children, options: Options, results: Results, key: str) 
         f"{key}_mb_s",
         middle(o.rate for o in ours),
         "MB/s",
-        f"first publish to last {'file' if key == 'down' else 'receipt'}; {what}",
+        f"first publish to last chunk verified and in its file; {what}",
     )
+    if key == "up":
+        results.add(
+            "up_receipt_mb_s",
+            middle(o.receipt_rate for o in ours),
+            "MB/s",
+            "to the last receipt: every update hashed again, decoded, checked, synced, recorded",
+        )
     results.add(
         f"raw_{key}_mb_s",
         middle(o.rate for o in raw),

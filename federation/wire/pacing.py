@@ -19,8 +19,9 @@ _RATE_DECAY = 1 / 16
 """How fast a lower rate is believed; a higher one is at once. A sample is too low when the chunk came first of a burst,
 never too high (BBR takes the maximum of ten round trips for the same reason)."""
 
-_JITTER_S = 0.1
-"""Floor of the path's delay: a busy device's threads do not answer faster than this at all times."""
+_JITTER_S = 0.25
+"""Floor of the path's delay: a busy device, broker or server answers this late at times, and a window that allows for
+less makes the rate that it measures fall, and itself with it. It fills a line for half a second at most."""
 
 SLOWEST_BYTES_S = 12 * 1024
 """A link of 100 kbit/s. Until the first chunk has come, its retry time allows for one that is not faster: a repeat
@@ -38,9 +39,13 @@ class Outstanding:
 
     Flight is the time from the ask to the arrival. A chunk that was asked for twice tells nothing, since nobody knows
     which ask it answers (Karn and Partridge, SIGCOMM 1987), unless it is the first to come at all; then its flight
-    counts from the first ask, so that a repeat that was too early teaches a longer time. The retry time runs from the last arrival or the ask, whichever is later (as
-    in RFC 6298, section 5.3): chunks come one after the other, so as long as any come, the others stand in line behind
-    them and a repeat would only lengthen it. It doubles with every expiry that no arrival interrupted. The rate sample is what was delivered while a chunk was in flight, over that time (Cardwell et al., "BBR:
+    counts from the first ask, so that a repeat that was too early teaches a longer time.
+
+    The retry time runs from the last arrival or the ask, whichever is later (as in RFC 6298, section 5.3): chunks come
+    one after the other, so as long as any come, the others stand in line behind them and a repeat would only lengthen
+    it. It doubles with every expiry that no arrival interrupted.
+
+    The rate sample is what was delivered while a chunk was in flight, over that time (Cardwell et al., "BBR:
     Congestion-Based Congestion Control", ACM Queue 14(5), 2016).
 
     Args:
