@@ -115,13 +115,13 @@ def table(options: Options, data: str, suffix: str, results: Results) -> None:
             f"{outcome.up_bytes / 1000:.1f} KB up, {outcome.down_bytes / 1000:.1f} KB down"
         )
     scope = f"{len(seeds)} seeds, {rounds} rounds, mean of the last {LAST_ROUNDS}"
-    for partition in pairs:
+    for partition, compared in pairs.items():
         say(f"\n{partition}: {scope}")
         say(
             "| up | down | KB up | KB down | float32 / it, up | down | top-1 | points against float32 | early |"
         )
         say("|---|---|---|---|---|---|---|---|---|")
-        for pair in pairs[partition]:
+        for pair in compared:
             row = Row(pair, [s for s in settings if s.partition == partition], kept.outcomes)
             say(row.markdown())
             key = ("" if partition == IID else "_uneven") + suffix
