@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import pytest
+import structlog
 from brokers import Broker, Certificates, Kind, Relay, make_certificates
 
 BROKERS: dict[str, tuple[Kind, Literal[0, 3, 5]]] = {
@@ -15,6 +16,13 @@ BROKERS: dict[str, tuple[Kind, Literal[0, 3, 5]]] = {
 }
 
 MakeBroker = Callable[..., Broker]
+
+
+@pytest.fixture(autouse=True)
+def _plain_logging() -> Iterator[None]:
+    """A command that was run in this process has set a level, which the next test's captured log would lack."""
+    yield
+    structlog.reset_defaults()
 
 
 @pytest.fixture
