@@ -3,7 +3,6 @@
 What travels is encoded and decoded as frames, so their length is exact and what they lose is lost.
 """
 
-import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
@@ -182,11 +181,6 @@ def simulate(setting: Setting) -> Outcome:
     """Do one run. Runs of one partition and seed, one after the other in one process, share their beginning."""
     configure(level="warning")
     return _federation(setting.data, setting.partition, setting.seed).run(setting)
-
-
-def lower_priority() -> None:
-    """Let whoever works at this machine go first; for the initializer of a pool."""
-    os.nice(10)
 
 
 @lru_cache(maxsize=1)

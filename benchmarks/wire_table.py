@@ -13,7 +13,7 @@ from statistics import mean
 from aggregator.config import AggregatorConfig
 from aggregator.versions import WHOLE
 from benchmarks.runner import REPOSITORY, Options, Results, say
-from benchmarks.simulation import LAST_ROUNDS, Outcome, Setting, lower_priority, simulate
+from benchmarks.simulation import LAST_ROUNDS, Outcome, Setting, simulate
 
 IID, UNEVEN = "iid", "shards(2)"
 
@@ -192,9 +192,7 @@ def _compared(default: Pair, *, quick: bool) -> dict[str, list[Pair]]:
 def _simulate(settings: Sequence[Setting]) -> Iterable[tuple[Setting, Outcome]]:
     """One process for each core; the order of what comes is left open."""
     context = multiprocessing.get_context("spawn")  # torch's threads do not survive a fork
-    with ProcessPoolExecutor(
-        os.cpu_count(), mp_context=context, initializer=lower_priority, max_tasks_per_child=None
-    ) as pool:
+    with ProcessPoolExecutor(os.cpu_count(), mp_context=context) as pool:
         waiting = {pool.submit(simulate, setting): setting for setting in settings}
         try:
             for future in as_completed(waiting):
