@@ -9,7 +9,6 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from aggregator.config import AggregatorConfig
-from aggregator.versions import WHOLE
 from benchmarks import subset
 from benchmarks.fleets import Fleet, Run
 from benchmarks.observer import Observer
@@ -17,7 +16,7 @@ from benchmarks.processes import Children
 from benchmarks.proxy import CountingProxy, Traffic
 from benchmarks.rounds import AGENTS
 from benchmarks.runner import Options, Results, main, say
-from benchmarks.wire_table import table
+from benchmarks.wire_table import ALTERNATIVE, BASELINE, Pair, table
 
 QUESTION = "what do encodings save on the wire, and what do they cost in accuracy?"
 PARTS = ("table", "broker")
@@ -53,41 +52,46 @@ def measure(options: Options, results: Results) -> None:
 
 
 def broker(children: Children, options: Options, data: str, suffix: str, results: Results) -> None:
-    """One real federation in the default encodings, and one in float32 with whole models."""
+    """Real federations: one in float32 with whole models, one in the default encodings, one in the shortest."""
     rounds = 5 if options.quick else 10
-    plain = moved(children, options.folder / "plain", data, rounds, "float32", WHOLE)
     config = AggregatorConfig()
-    up, down = config.up_encoding, config.down_encoding
-    ours = moved(children, options.folder / "default", data, rounds, up, down)
-    how = f"TCP payload of a device in a round, mean over {AGENTS} devices and rounds 2 to {rounds}"
-    for key, side, encodings in (
-        ("float32", plain, "float32 and whole models"),
-        ("default", ours, f"{up} and {down}"),
-    ):
-        results.add(f"up_kb_{key}{suffix}", side.round.up / 1000, "KB", f"{encodings}: {how}, up")
-        results.add(f"down_kb_{key}{suffix}", side.round.down / 1000, "KB", f"{encodings}: {how}, down")
-        whole = (side.whole.up + side.whole.down) / 1000
-        results.add(
-            f"run_kb_{key}{suffix}",
-            whole,
-            "KB",
-            f"{encodings}: both directions, {rounds} rounds with the first model",
-        )
-    ratio = f"float32 / default ({up} up, {down} down)"
-    results.add(f"up_ratio{suffix}", plain.round.up / ours.round.up, "x", f"{ratio}: {how}, up")
-    results.add(f"down_ratio{suffix}", plain.round.down / ours.round.down, "x", f"{ratio}: {how}, down")
-    results.add(f"total_ratio{suffix}", _both(plain.round) / _both(ours.round), "x", f"{ratio}: {how}, both")
-    results.add(
-        f"run_ratio{suffix}",
-        _both(plain.whole) / _both(ours.whole),
-        "x",
-        f"{ratio}: the whole run of {rounds} rounds, from the first connection on, with the first model",
+    default = config.up_encoding, config.down_encoding
+    plain = moved(children, options.folder / "float32", data, rounds, BASELINE)
+    report(results, "_float32" + suffix, plain, rounds, BASELINE)
+    ours = moved(children, options.folder / "default", data, rounds, default)
+    report(results, "_default" + suffix, ours, rounds, default)
+    compare(results, suffix, plain, ours, rounds, default)
+    if not options.quick and default != ALTERNATIVE:
+        shortest = moved(children, options.folder / "shortest", data, rounds, ALTERNATIVE)
+        report(results, "_shortest" + suffix, shortest, rounds, ALTERNATIVE)
+        compare(results, "_shortest" + suffix, plain, shortest, rounds, ALTERNATIVE)
+
+
+def report(results: Results, suffix: str, side: Moved, rounds: int, pair: Pair) -> None:
+    """Add the bytes of one federation."""
+    how = f"{_named(pair)}: {_steady(rounds)}"
+    results.add(f"up_kb{suffix}", side.round.up / 1000, "KB", f"{how}, up")
+    results.add(f"down_kb{suffix}", side.round.down / 1000, "KB", f"{how}, down")
+    how = (
+        f"{_named(pair)}: both directions, {rounds} rounds from the first connection on, with the first model"
     )
+    results.add(f"run_kb{suffix}", _both(side.whole) / 1000, "KB", how)
 
 
-def moved(children: Children, folder: Path, data: str, rounds: int, up: str, down: str) -> Moved:
+def compare(results: Results, suffix: str, plain: Moved, ours: Moved, rounds: int, pair: Pair) -> None:
+    """Add the ratios of float32 to ``pair``."""
+    how = f"float32 / it ({_named(pair)}): {_steady(rounds)}"
+    results.add(f"up_ratio{suffix}", plain.round.up / ours.round.up, "x", f"{how}, up")
+    results.add(f"down_ratio{suffix}", plain.round.down / ours.round.down, "x", f"{how}, down")
+    results.add(f"total_ratio{suffix}", _both(plain.round) / _both(ours.round), "x", f"{how}, both")
+    how = f"float32 / it ({_named(pair)}): the whole run of {rounds} rounds, with the first model"
+    results.add(f"run_ratio{suffix}", _both(plain.whole) / _both(ours.whole), "x", how)
+
+
+def moved(children: Children, folder: Path, data: str, rounds: int, pair: Pair) -> Moved:
     """Run a federation of real processes and count at the devices' connections."""
-    say(f"{AGENTS} agents as processes, cnn, {rounds} rounds: {up} up, {down} down")
+    say(f"{AGENTS} agents as processes, cnn, {rounds} rounds: {_named(pair)}")
+    up, down = pair
     run = Run("cnn", data, rounds, AGENTS, settings={"up_encoding": up, "down_encoding": down})
     fleet = Fleet(children, folder, run)
     with Observer() as observer, ExitStack() as proxies:
@@ -108,6 +112,14 @@ def moved(children: Children, folder: Path, data: str, rounds: int, up: str, dow
         whole = sum((observer.bytes_between(name, 0, last) for name in names), Traffic())
         children.stop(server, *agents)
     return Moved(_share(steady, AGENTS * (rounds - 1)), _share(whole, AGENTS))
+
+
+def _named(pair: Pair) -> str:
+    return f"{pair[0]} up, {pair[1]} down"
+
+
+def _steady(rounds: int) -> str:
+    return f"TCP payload of a device in a round, mean over {AGENTS} devices and rounds 2 to {rounds}"
 
 
 def _share(traffic: Traffic, of: int) -> Traffic:
