@@ -8,13 +8,15 @@ from pathlib import Path
 from federation.errors import ConfigError
 
 
-def write_whole(path: Path, data: bytes, *, mode: int = 0o644) -> None:
+def write_whole(path: Path, data: bytes, *, mode: int = 0o644, durable: bool = True) -> None:
     """Replace ``path`` by ``data`` atomically and durably: temporary file, fsync, rename, fsync of the folder.
 
     Args:
         path: Target; its folder must exist.
         data: The whole content.
         mode: Permission bits of the new file.
+        durable: Whether to wait for the disk. Without, a power cut within half a minute may leave a torn file: only for
+            what is checked where it is read, and can be had again.
 
     Raises:
         ConfigError: If the disk is full or not writable; the old content is untouched.
@@ -26,12 +28,14 @@ def write_whole(path: Path, data: bytes, *, mode: int = 0o644) -> None:
                 file.write(data)
                 file.flush()
                 os.fchmod(file.fileno(), mode)
-                os.fsync(file.fileno())
+                if durable:
+                    os.fsync(file.fileno())
             Path(temporary).replace(path)
         except BaseException:
             Path(temporary).unlink(missing_ok=True)
             raise
-        sync_folder(path.parent)
+        if durable:
+            sync_folder(path.parent)
     except OSError as error:
         raise disk_error(error, path) from error
 
