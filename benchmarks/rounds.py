@@ -7,6 +7,7 @@ import os
 from dataclasses import dataclass
 from pathlib import Path
 
+from aggregator.versions import WHOLE
 from benchmarks.fleets import Fleet, Round, Run, train_together
 from benchmarks.memory import agent_memory, aggregator_memory, inference_memory
 from benchmarks.processes import Children
@@ -87,7 +88,9 @@ def accuracy(children: Children, options: Options, data: Data, results: Results)
     settings = f"SGD {train['learning_rate']:g}, batch {train['batch_size']}, momentum {train['momentum']:g}"
     for key, partition in (("top1", "iid"), ("top1_shards2", "shards(2)")):
         say(f"accuracy, {partition}: cnn, {AGENTS} agents, {scope}, {settings}")
-        run = Run("cnn", data.spec, rounds, AGENTS, holdout=data.spec, train=train)
+        # The classic run is in float32; what encodings cost is the question of benchmarks.wire.
+        exact = {"up_encoding": "float32", "down_encoding": WHOLE}
+        run = Run("cnn", data.spec, rounds, AGENTS, holdout=data.spec, train=train, settings=exact)
         done = train_together(
             children, options.folder / key, run, data.shares(partition, of), ACCURACY_TIMEOUT_S
         )
