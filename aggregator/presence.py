@@ -41,13 +41,24 @@ class Presence:
         self._on_gone, self._on_back = on_gone, on_back
         self._family = encoding_named(encoding).name
         self._sessions: dict[str, str] = {}
+        self._died: set[str] = set()  # sessions whose death was heard over the present connection
         self._reported_at: dict[str, float] = {}
         self._counting: set[str] = set()
         self._accounted: dict[str, RoundTraffic] = {}
         self._traffic = TrafficLog(store)
 
-    def state(self, agent: str, payload: bytes) -> list[Event]:
+    def connected(self) -> None:
+        """The aggregator's link is up: what is retained now may be newer than what was heard before."""
+        self._died.clear()
+
+    def state(self, agent: str, payload: bytes, *, retained: bool) -> list[Event]:
         """Take a birth or a death (JSON of :class:`AgentState`).
+
+        Args:
+            agent: Whose.
+            payload: From anywhere.
+            retained: Whether the broker had kept it. nats-server may deliver a retained birth after the death that has
+                replaced it, where the subscription is as new as the death: such a birth is ignored.
 
         Returns:
             What it means for the run: nothing, for a repeat or for the will of an earlier session.
@@ -60,9 +71,14 @@ class Presence:
         except PeerError as error:
             log.warning("refused", agent=agent, code=error.code.value, detail=error.detail)
             return []
-        return self._death(agent, state) if state.state == "offline" else self._birth(agent, state)
+        if state.state == "offline":
+            return self._death(agent, state)
+        if retained and state.session in self._died:
+            return []
+        return self._birth(agent, state)
 
     def _death(self, agent: str, state: AgentState) -> list[Event]:
+        self._died.add(state.session)
         if self._sessions.get(agent) != state.session:
             return []  # the will of an earlier connection, or of an earlier life
         self._forget(agent)
@@ -71,6 +87,7 @@ class Presence:
         return [AgentOffline(agent)]
 
     def _birth(self, agent: str, state: AgentState) -> list[Event]:
+        self._died.discard(state.session)
         known = self._sessions.get(agent)
         if known is not None:
             self._on_back(agent)

@@ -301,6 +301,7 @@ class Service:
         self._link.subscribe(
             [(self._topics.state("+"), 1), (self._topics.telemetry("+"), 0), (self._topics.up("+"), 1)]
         )
+        self._presence.connected()
         self._announced.repeat(self._link, now)
         self._seeder.connected()
 
@@ -315,7 +316,7 @@ class Service:
             return []
         match topic.kind:
             case "state" if message.payload:
-                return self._presence.state(topic.agent, message.payload)
+                return self._presence.state(topic.agent, message.payload, retained=message.retain)
             case "offer":
                 return self._reception.message(topic.agent, message.payload, now)
             case "chunk":

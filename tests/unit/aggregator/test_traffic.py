@@ -84,7 +84,7 @@ class Reports:
             on_back=lambda _: None,
         )
         birth = AgentState(state="online", session=SESSION, capabilities=ABLE)
-        self.presence.state("pi1", encode_json(birth))
+        self.presence.state("pi1", encode_json(birth), retained=False)
 
     def say(
         self, number: int, traffic: Traffic, *, after_s: float, run: str | None = None, session: str = SESSION
@@ -147,7 +147,7 @@ def test_only_agents_that_count_and_have_not_told_yet_are_waited_for(store: Stor
     assert not reports.presence.owes_account(1, everybody)
     assert not reports.presence.owes_account(2, frozenset({"pi2"}))
     death = AgentState(state="offline", session=SESSION)
-    reports.presence.state("pi1", encode_json(death))
+    reports.presence.state("pi1", encode_json(death), retained=False)
     assert not reports.presence.owes_account(2, everybody), "it is gone"
 
 
