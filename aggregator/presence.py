@@ -41,7 +41,7 @@ class Presence:
         self._on_gone, self._on_back = on_gone, on_back
         self._family = encoding_named(encoding).name
         self._sessions: dict[str, str] = {}
-        self._died: set[str] = set()  # sessions whose death was heard over the present connection
+        self._died: dict[str, str] = {}  # by agent, the last session whose death was heard over this connection
         self._reported_at: dict[str, float] = {}
         self._counting: set[str] = set()
         self._accounted: dict[str, RoundTraffic] = {}
@@ -73,12 +73,12 @@ class Presence:
             return []
         if state.state == "offline":
             return self._death(agent, state)
-        if retained and state.session in self._died:
+        if retained and self._died.get(agent) == state.session:
             return []
         return self._birth(agent, state)
 
     def _death(self, agent: str, state: AgentState) -> list[Event]:
-        self._died.add(state.session)
+        self._died[agent] = state.session
         if self._sessions.get(agent) != state.session:
             return []  # the will of an earlier connection, or of an earlier life
         self._forget(agent)
@@ -87,7 +87,7 @@ class Presence:
         return [AgentOffline(agent)]
 
     def _birth(self, agent: str, state: AgentState) -> list[Event]:
-        self._died.discard(state.session)
+        self._died.pop(agent, None)
         known = self._sessions.get(agent)
         if known is not None:
             self._on_back(agent)
