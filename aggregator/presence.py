@@ -41,7 +41,8 @@ class Presence:
         self._on_gone, self._on_back = on_gone, on_back
         self._family = encoding_named(encoding).name
         self._sessions: dict[str, str] = {}
-        self._died: dict[str, str] = {}  # by agent, the last session whose death was heard over this connection
+        # By agent: the last session whose death was heard over the present connection.
+        self._died: dict[str, str] = {}
         self._reported_at: dict[str, float] = {}
         self._counting: set[str] = set()
         self._accounted: dict[str, RoundTraffic] = {}
