@@ -2,9 +2,8 @@
 
 A coarse grid is harmless as long as its noise is small beside the weights that it is added to. In the first rounds,
 or with large learning rates, updates are as large as the weights: noise of several times their power then destroys the
-model, the next updates grow, and the noise with them. (Measured: three agents, ``digits``, learning rate 0.05: ``sq:4``
-diverges in most runs and ``sq:16`` in all; within the bound below every run ends as in float32.) Later updates are a
-few percent of the weights, the bound is out of reach, and the grid is as coarse as the plan says.
+model, the next updates grow, and the noise with them (docs/adr/0007-bounded-noise.md has the runs). Later updates are
+small beside the weights, the bound is out of reach, and the grid is as coarse as the plan says.
 """
 
 from collections.abc import Mapping
