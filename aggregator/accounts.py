@@ -10,7 +10,7 @@ from typing import Literal
 import bcrypt
 from msgspec import Struct
 
-from federation.wire.messages import Name
+from federation.wire.fields import Name
 from federation.wire.signing import AGGREGATOR
 from federation.wire.topics import Topics
 

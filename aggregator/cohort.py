@@ -4,7 +4,7 @@ import math
 import random
 from collections.abc import Collection
 
-from federation.wire.messages import MAX_COHORT
+from federation.wire.fields import MAX_COHORT
 
 _ROUNDING = 9
 """Decimals to which a product is rounded before its ceiling is taken: 10 * (1 + 0.1) is a little more than 11."""

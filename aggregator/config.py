@@ -2,27 +2,18 @@
 
 from typing import Annotated
 
-from msgspec import Meta, Struct
+from msgspec import Meta
 
+from aggregator.privacy_config import PrivacyConfig
+from aggregator.table import Table
 from federation.wire.credit import CREDIT_BYTES
-from federation.wire.messages import (
-    MAX_CHUNK_BYTES,
-    MAX_DELTAS,
-    Count,
-    Name,
-    NonNegative,
-    Positive,
-    TrainSpec,
-)
+from federation.wire.fields import Count, Name, NonNegative, Positive
+from federation.wire.messages import MAX_CHUNK_BYTES, MAX_DELTAS, TrainSpec
 
 SECRETS = {"FEDGE_BROKER_PASSWORD": "broker.password"}
 """Environment variables that hold secrets, and the keys that they set."""
 
 Share = Annotated[float, Meta(ge=0, le=1)]
-
-
-class Table(Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
-    """Base of all tables."""
 
 
 class TaskConfig(Table, frozen=True):
@@ -139,3 +130,4 @@ class AggregatorConfig(Table, frozen=True):
     train: TrainSpec = TrainSpec()
     rounds: RoundsConfig = RoundsConfig()
     broker: BrokerConfig = BrokerConfig()
+    privacy: PrivacyConfig = PrivacyConfig()

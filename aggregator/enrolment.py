@@ -22,7 +22,7 @@ from aggregator.accounts import Account, new_account
 from federation.bundle import Bundle, address
 from federation.errors import ConfigError
 from federation.files import disk_error, write_whole
-from federation.wire.messages import Name
+from federation.wire.fields import Name
 from federation.wire.signing import (
     AGGREGATOR,
     load_private_key,

@@ -17,7 +17,7 @@ from enum import StrEnum
 
 from aggregator.cohort import invitations, quorum_of, sample_cohort
 from aggregator.config import RoundsConfig
-from federation.wire.messages import MAX_COHORT
+from federation.wire.fields import MAX_COHORT
 
 
 class Phase(StrEnum):

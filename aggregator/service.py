@@ -18,6 +18,7 @@ from aggregator.config import AggregatorConfig
 from aggregator.enrolment import Enrolment
 from aggregator.folding import Down, Evaluator, FoldResult
 from aggregator.presence import Presence
+from aggregator.promises import terms_of
 from aggregator.reception import Checked, Reception
 from aggregator.rounds import (
     Command,
@@ -372,6 +373,7 @@ class Service:
             deadline_s=max(command.deadline_s, 1.0),
             issued_at=time.time(),
             upload_chunk_bytes=self._chunk_bytes(),
+            privacy=terms_of(self._config, self._store.run, command.round, command.attempt),
         )
         accepted = self._store.updates(plan.round)
         self._reception.open(

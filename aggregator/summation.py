@@ -5,7 +5,7 @@ from math import frexp
 import numpy as np
 from numpy.typing import NDArray
 
-from federation.wire.messages import MAX_COHORT
+from federation.wire.fields import MAX_COHORT
 
 _WIDTH = 40
 """Bits between two grids. A sum of 2^12 slices (``MAX_COHORT``) of at most 2^39 grid steps stays below 2^53: exact."""

@@ -28,6 +28,9 @@ TITLES = {
     "train": "`[train]`: how an agent trains in one round",
     "rounds": "`[rounds]`: when a round opens, who takes part, when it closes",
     "broker": "`[broker]`: the MQTT broker",
+    "privacy.sample": "`[privacy.sample]`: DP-SGD on each device",
+    "privacy.client": "`[privacy.client]`: noise added by the aggregator",
+    "privacy.secagg": "`[privacy.secagg]`: secure aggregation, and noise added by the devices together",
 }
 
 

@@ -13,7 +13,8 @@ from safetensors.numpy import load_file
 from federation.errors import PeerError, VerificationError
 from federation.files import write_whole
 from federation.task.checkpoint import CheckpointInfo, checkpoint_bytes
-from federation.wire.messages import Name, RoundPlan, TaskSpec
+from federation.wire.fields import Name
+from federation.wire.messages import RoundPlan, TaskSpec
 from federation.wire.versions import Built, Route, apply_delta, model_digest
 
 log = structlog.get_logger()

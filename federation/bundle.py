@@ -10,7 +10,7 @@ from msgspec import Meta, Struct
 from federation.errors import ConfigError
 from federation.files import write_whole
 from federation.wire.address import BrokerAddress
-from federation.wire.messages import Name
+from federation.wire.fields import Name
 
 FORMAT = 1
 """The layout of the file; raised when an older fedge could not read a newer bundle."""

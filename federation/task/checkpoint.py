@@ -18,7 +18,8 @@ from safetensors.numpy import save
 
 from federation.errors import ConfigError, VerificationError
 from federation.task.model_card import HoldOutMetrics
-from federation.wire.messages import Name, TaskSpec
+from federation.wire.fields import Name
+from federation.wire.messages import TaskSpec
 
 FOLDER = "checkpoints"
 """Inside the aggregator's state folder."""

@@ -8,7 +8,7 @@ from msgspec import Meta, Struct
 
 from federation.errors import ConfigError
 from federation.task.preprocessing import Preprocessing
-from federation.wire.messages import Finite
+from federation.wire.fields import Finite
 
 FORMAT = "1"
 """Raised when a reader of the old format would misunderstand the new one."""

@@ -10,7 +10,8 @@ from msgspec import Meta, Struct
 from PIL import Image
 
 from federation.errors import ConfigError
-from federation.wire.messages import Finite, Positive, TaskSpec
+from federation.wire.fields import Finite, Positive
+from federation.wire.messages import TaskSpec
 
 PIXEL_SCALE = 1 / 255
 """Brings 8-bit pixels into [0, 1]."""

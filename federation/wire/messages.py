@@ -5,12 +5,32 @@ Every decode of foreign bytes goes through :func:`decode_msgpack` or :func:`deco
 :class:`~federation.errors.PeerError` and nothing else.
 """
 
+from enum import StrEnum
 from typing import Annotated, Literal, TypeVar
 
 import msgspec
-from msgspec import Meta, Struct
+from msgspec import Meta
 
 from federation.errors import PeerError, Rejection
+from federation.wire.fields import (
+    MAX_COHORT,
+    Attempt,
+    Bytes,
+    Count,
+    Finite,
+    Name,
+    NonNegative,
+    Positive,
+    RoundNumber,
+    RunId,
+    SessionId,
+    Sha256,
+    Share,
+    Spec,
+    Text,
+    Wire,
+)
+from federation.wire.terms import PrivacyTerms, Spent
 
 MAX_CHUNKS = 4096
 """Chunks in one object. At the default 96 KiB that is 384 MiB; larger models need a larger ``chunk_bytes``."""
@@ -19,7 +39,6 @@ CHUNK_DIGEST_BYTES = 16
 """A chunk is identified by the first 16 bytes of its SHA-256: second preimages cost 2^128."""
 
 MAX_CHUNK_BYTES = 16 * 1024 * 1024
-MAX_COHORT = 4096
 MAX_CREDIT = 64
 
 MAX_DELTAS = 64
@@ -27,28 +46,6 @@ MAX_DELTAS = 64
 
 STATE_INTERVAL_S = 300.0
 """How often the aggregator refreshes its retained state, seconds: no clock in it is older, by the aggregator's own."""
-
-Name = Annotated[str, Meta(pattern=r"^[a-z0-9][a-z0-9_-]{0,62}\Z")]
-"""A federation or an agent: it becomes an MQTT topic level, a broker user name and a file name."""
-
-Sha256 = Annotated[str, Meta(pattern=r"^[0-9a-f]{64}\Z")]
-Spec = Annotated[str, Meta(min_length=1, max_length=64)]
-"""An encoding and its parameter, such as ``sq:16`` (``federation.wire.encodings``)."""
-
-RunId = Annotated[str, Meta(pattern=r"^[0-9a-f]{16}\Z")]
-SessionId = Annotated[str, Meta(pattern=r"^[0-9a-f]{16}\Z")]
-RoundNumber = Annotated[int, Meta(ge=1, le=1_000_000)]
-Text = Annotated[str, Meta(max_length=1000)]
-Finite = Annotated[float, Meta(ge=-1e300, le=1e300)]
-Positive = Annotated[float, Meta(gt=0, le=1e12)]
-NonNegative = Annotated[float, Meta(ge=0, le=1e12)]
-Count = Annotated[int, Meta(ge=0, le=2**40)]
-Bytes = Annotated[int, Meta(ge=0, le=2**53)]
-"""As many as JSON readers can count exactly."""
-
-
-class Wire(Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
-    """Base of all wire structs."""
 
 
 class ObjectRef(Wire, frozen=True):
@@ -89,6 +86,8 @@ class TaskSpec(Wire, frozen=True):
         width: Pixels.
         mean: Per channel, subtracted from pixels scaled to [0, 1].
         std: Per channel, divided by after the mean is subtracted.
+        dp_ready: Whether the model is rebuilt so that gradients of single samples exist
+            (``federation.task.dp_ready``).
     """
 
     model: Annotated[str, Meta(min_length=1, max_length=200)]
@@ -100,6 +99,7 @@ class TaskSpec(Wire, frozen=True):
     width: Annotated[int, Meta(ge=4, le=4096)]
     mean: Annotated[tuple[Finite, ...], Meta(min_length=1, max_length=64)]
     std: Annotated[tuple[Positive, ...], Meta(min_length=1, max_length=64)]
+    dp_ready: bool = False
 
     def __post_init__(self) -> None:
         if not len(self.mean) == len(self.std) == self.channels:
@@ -180,11 +180,12 @@ class RoundPlan(Wire, frozen=True, tag="round"):
         deadline_s: Seconds after ``issued_at`` at which the round closes.
         issued_at: Unix seconds by the aggregator's clock; informative, agents do not act on it.
         upload_chunk_bytes: The largest chunk that the aggregator's link takes.
+        privacy: What the round promises; a device may decline less than it wants.
     """
 
     run: RunId
     round: RoundNumber
-    attempt: Annotated[int, Meta(ge=1, le=1_000_000)]
+    attempt: Attempt
     task: TaskSpec
     train: TrainSpec
     base: Sha256
@@ -196,6 +197,7 @@ class RoundPlan(Wire, frozen=True, tag="round"):
     deadline_s: Positive
     issued_at: NonNegative
     upload_chunk_bytes: Annotated[int, Meta(ge=64, le=MAX_CHUNK_BYTES)]
+    privacy: PrivacyTerms = PrivacyTerms()
 
     def __post_init__(self) -> None:
         versions = [*(delta.base for delta in self.deltas), self.base]
@@ -229,17 +231,17 @@ Plan = RoundPlan | IdlePlan
 
 
 class TrainMetrics(Wire, frozen=True):
-    """What an agent tells about its local training. Not private: issue it only where the terms allow.
+    """What an agent tells about its local training.
 
     Attributes:
-        loss: Mean training loss over the last epoch, nats.
-        accuracy: Mean training top-1 over the last epoch, in [0, 1].
+        loss: Mean training loss over the last epoch, nats; None where the plan has privacy terms, since it is not private.
+        accuracy: Mean training top-1 over the last epoch, in [0, 1]; None as for the loss.
         steps: Optimizer steps taken.
         train_s: Wall seconds spent in training.
     """
 
-    loss: Finite
-    accuracy: Annotated[float, Meta(ge=0, le=1)]
+    loss: Finite | None
+    accuracy: Share | None
     steps: Count
     train_s: NonNegative
 
@@ -253,8 +255,10 @@ class UpdateOffer(Wire, frozen=True, tag="offer"):
         base: Digest of the version that the delta is against.
         object: The encoded delta (``federation.wire.codec``).
         encoding: As in the plan.
-        samples: Local training samples: the weight of the update.
+        samples: Local training samples: the weight of the update. 1 where the plan has privacy terms.
         metrics: Of the local training.
+        attempt: Of the plan that it answers; under secure aggregation it counts only in that one.
+        spent: What the device's ledger says, under sample-level terms.
     """
 
     run: RunId
@@ -264,6 +268,16 @@ class UpdateOffer(Wire, frozen=True, tag="offer"):
     encoding: Spec
     samples: Annotated[int, Meta(ge=1, le=2**40)]
     metrics: TrainMetrics
+    attempt: Attempt = 1
+    spent: Spent | None = None
+
+
+class DeclineCode(StrEnum):
+    """Why an agent sits a round out."""
+
+    FAULT = "fault"
+    TERMS = "terms"
+    BUDGET = "budget"
 
 
 class Decline(Wire, frozen=True, tag="decline"):
@@ -273,11 +287,13 @@ class Decline(Wire, frozen=True, tag="decline"):
         run: As in the plan.
         round: As in the plan.
         reason: For people: what is wrong on the device.
+        code: ``fault`` on the device, ``terms`` that it does not accept, or a privacy ``budget`` that is spent.
     """
 
     run: RunId
     round: RoundNumber
     reason: Text
+    code: DeclineCode = DeclineCode.FAULT
 
 
 AgentMessage = UpdateOffer | Decline

@@ -13,7 +13,8 @@ from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey,
 from msgspec import Meta
 
 from federation.errors import ConfigError, PeerError, Rejection
-from federation.wire.messages import Name, Wire, decode_msgpack, encode_msgpack
+from federation.wire.fields import Name, Wire
+from federation.wire.messages import decode_msgpack, encode_msgpack
 
 AGGREGATOR = "aggregator"
 """The sender name under which the aggregator signs; no agent may be called this."""

@@ -1,11 +1,12 @@
 """One sample of everything that crosses the wire, from which the committed vectors are made."""
 
+import msgspec
 import numpy as np
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 from numpy.typing import NDArray
 
 from federation.errors import Rejection
-from federation.wire import codec, messages, signing, transfer
+from federation.wire import codec, fields, messages, signing, terms, transfer
 
 KEY = Ed25519PrivateKey.from_private_bytes(bytes(range(32)))
 RUN = "0123456789abcdef"
@@ -28,28 +29,62 @@ OFFER = messages.UpdateOffer(
     samples=600,
     metrics=messages.TrainMetrics(loss=0.25, accuracy=0.9375, steps=19, train_s=1.5),
 )
-
-MSGPACK: dict[str, messages.Wire] = {
-    "round_plan": messages.RoundPlan(
-        run=RUN,
-        round=3,
-        attempt=1,
-        task=TASK,
-        train=messages.TrainSpec(),
-        base=VERSION,
-        full=messages.FullModel(version=EARLIER, object=BASE, seed=7),
-        deltas=(messages.ModelDelta(base=EARLIER, object=DELTA, encoding="sq:4"),),
-        up_encoding="sq:16",
-        max_noise=0.06,
-        cohort=("pi1", "pi2"),
-        deadline_s=600.0,
-        issued_at=1750000000.0,
-        upload_chunk_bytes=98304,
+TERMS = terms.PrivacyTerms(
+    sample=terms.SampleTerms(clip_norm=1.0, delta=1e-5, rounds=10, epsilon=3.0),
+    client=terms.ClientTerms(clip_norm=0.5, noise_multiplier=1.5, epsilon=8.0, delta=1e-5, sampling_rate=0.5),
+    secagg=terms.SecAggTerms(
+        clip_norm=10.0,
+        modulus_bits=16,
+        min_agents=3,
+        dropouts=0.25,
+        rotation_seed=bytes(range(16)),
+        noise_multiplier=1.0,
+        epsilon=8.0,
+        delta=1e-5,
     ),
+)
+SPENT = terms.Spent(
+    epsilon=1.5,
+    round_epsilon=0.5,
+    delta=1e-5,
+    noise_multiplier=1.1,
+    clip_norm=1.0,
+    steps=47,
+    entry=3,
+    head="3" * 64,
+)
+
+PLAN = messages.RoundPlan(
+    run=RUN,
+    round=3,
+    attempt=1,
+    task=TASK,
+    train=messages.TrainSpec(),
+    base=VERSION,
+    full=messages.FullModel(version=EARLIER, object=BASE, seed=7),
+    deltas=(messages.ModelDelta(base=EARLIER, object=DELTA, encoding="sq:4"),),
+    up_encoding="sq:16",
+    max_noise=0.06,
+    cohort=("pi1", "pi2"),
+    deadline_s=600.0,
+    issued_at=1750000000.0,
+    upload_chunk_bytes=98304,
+)
+
+MSGPACK: dict[str, fields.Wire] = {
+    "round_plan": PLAN,
+    "private_plan": msgspec.structs.replace(PLAN, privacy=TERMS),
     "idle_plan": messages.IdlePlan(
         run=RUN, round=3, finished=False, reason="waiting", issued_at=1750000000.0
     ),
     "update_offer": OFFER,
+    "private_offer": msgspec.structs.replace(
+        OFFER,
+        samples=1,
+        metrics=messages.TrainMetrics(loss=None, accuracy=None, steps=47, train_s=1.5),
+        attempt=2,
+        spent=SPENT,
+    ),
     "decline": messages.Decline(run=RUN, round=3, reason="no data"),
     "credit": messages.Credit(sha256=UPDATE.sha256, chunks=(0, 1)),
     "receipt_accepted": messages.Receipt(run=RUN, round=3, sha256=UPDATE.sha256, accepted=True),
@@ -64,7 +99,7 @@ MSGPACK: dict[str, messages.Wire] = {
 }
 """Messages that are sent as msgpack."""
 
-JSON: dict[str, messages.Wire] = {
+JSON: dict[str, fields.Wire] = {
     "agent_birth": messages.AgentState(
         state="online",
         session=SESSION,

@@ -13,8 +13,9 @@ import numpy as np
 import pytest
 from samples import JSON, KEY, LOSSY, MSGPACK, OFFER, TENSORS, lossy_tensors, vectors
 
-from federation.wire import codec, messages, signing
+from federation.wire import codec, messages, signing, terms
 from federation.wire.encodings import ENCODINGS, RAW, ZERO, encoding_named
+from federation.wire.fields import Wire
 
 COMMITTED: dict[str, str] = json.loads(Path(__file__).with_name("wire.json").read_text())
 FRAMES: dict[str, dict[str, str]] = json.loads(Path(__file__).with_name("frames.json").read_text())
@@ -97,5 +98,5 @@ def header_of(frame: bytes) -> Any:
 
 def test_every_message_has_a_sample() -> None:
     sampled = {kind for message in (*MSGPACK.values(), *JSON.values()) for kind in structs_in(message)}
-    kinds = messages.Wire.__subclasses__()
-    assert sampled == {kind for kind in kinds if kind.__module__ == messages.__name__}
+    kinds = Wire.__subclasses__()
+    assert sampled == {kind for kind in kinds if kind.__module__ in {messages.__name__, terms.__name__}}

@@ -19,7 +19,8 @@ from aggregator.admission import (
 from aggregator.config import RoundsConfig
 from federation.errors import PeerError, Rejection
 from federation.wire.codec import MAX_MAGNITUDE, encode, max_encoded_bytes
-from federation.wire.messages import Decline, Receipt, TrainMetrics, UpdateOffer, Wire
+from federation.wire.fields import Wire
+from federation.wire.messages import Decline, Receipt, TrainMetrics, UpdateOffer
 from federation.wire.signing import Purpose, seal
 from federation.wire.transfer import make_ref
 

@@ -22,7 +22,7 @@ from aggregator.rounds import (
     UpdateStored,
     Wait,
 )
-from federation.wire.messages import MAX_COHORT
+from federation.wire.fields import MAX_COHORT
 
 
 def rounds(**settings: float) -> Rounds:

@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 
 from aggregator import summation
 from aggregator.summation import OrderFreeSum
-from federation.wire.messages import MAX_COHORT
+from federation.wire.fields import MAX_COHORT
 
 Term = tuple[NDArray[np.float32], float]
 

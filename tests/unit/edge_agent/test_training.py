@@ -112,6 +112,7 @@ def test_base_plus_delta_knows_the_digits() -> None:
     assert all(d.dtype == np.float32 and d.flags["C_CONTIGUOUS"] for d in result.delta.values())
     assert result.samples == 1437
     assert result.metrics.steps == 3 * 45
+    assert result.metrics.loss is not None
     assert result.metrics.loss < 0.3
     model = build(DIGITS)
     load_arrays(model, {name: base[name] + result.delta[name] for name in base})

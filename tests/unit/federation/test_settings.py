@@ -16,6 +16,7 @@ from federation.logs import configure
 
 SETTINGS = list(describe(AggregatorConfig))
 OTHER: dict[str, Any] = {
+    "privacy.secagg.modulus_bits": 32,
     "federation": "other",
     "task.labels": ["a", "b"],
     "train.optimizer": "adam",

@@ -10,7 +10,8 @@ from hypothesis import strategies as st
 
 from federation.errors import PeerError, Rejection
 from federation.wire import messages
-from federation.wire.messages import ObjectRef, Wire, decode_json, decode_msgpack, encode_json, encode_msgpack
+from federation.wire.fields import Wire
+from federation.wire.messages import ObjectRef, decode_json, decode_msgpack, encode_json, encode_msgpack
 from federation.wire.signing import Envelope
 
 KINDS = [*Wire.__subclasses__(), messages.Plan, messages.AgentMessage]

@@ -1,0 +1,91 @@
+"""From the settings of privacy to the terms that a plan states."""
+
+import hashlib
+
+from aggregator.config import AggregatorConfig
+from aggregator.privacy_config import PrivacyConfig
+from federation.errors import ConfigError
+from federation.wire.terms import ClientTerms, PrivacyTerms, SampleTerms, SecAggTerms
+
+
+def terms_of(config: AggregatorConfig, run: str, number: int, attempt: int) -> PrivacyTerms:
+    """What the plan of a round promises.
+
+    Args:
+        config: All settings.
+        run: Of the plan.
+        number: Of the round.
+        attempt: Of the plan.
+
+    Returns:
+        The same terms whenever the same plan is made, after a restart too.
+    """
+    sample, client, secagg = config.privacy.sample, config.privacy.client, config.privacy.secagg
+    # The rotation hides nothing: it only makes all updates look alike. So it may be known to anyone beforehand.
+    seed = hashlib.sha256(f"fedge/1 rotation {run}/{number}/{attempt}".encode()).digest()[:16]
+    return PrivacyTerms(
+        sample=SampleTerms(
+            clip_norm=sample.clip_norm,
+            delta=sample.delta,
+            rounds=config.rounds.count,
+            epsilon=sample.epsilon,
+            noise_multiplier=sample.noise_multiplier,
+        )
+        if samples_protected(config.privacy)
+        else None,
+        client=ClientTerms(
+            clip_norm=client.clip_norm,
+            noise_multiplier=client.noise_multiplier,
+            epsilon=client.epsilon,
+            delta=client.delta,
+            sampling_rate=client.sampling_rate,
+        )
+        if client.noise_multiplier
+        else None,
+        secagg=SecAggTerms(
+            clip_norm=secagg.clip_norm,
+            modulus_bits=secagg.modulus_bits,
+            min_agents=secagg.min_agents,
+            dropouts=secagg.dropouts,
+            rotation_seed=seed,
+            noise_multiplier=secagg.noise_multiplier,
+            epsilon=secagg.epsilon if secagg.noise_multiplier else 0.0,
+            delta=secagg.delta if secagg.noise_multiplier else 0.0,
+        )
+        if secagg.enabled
+        else None,
+    )
+
+
+def samples_protected(privacy: PrivacyConfig) -> bool:
+    """Whether devices train with DP-SGD."""
+    return bool(privacy.sample.epsilon or privacy.sample.noise_multiplier)
+
+
+def check_promises(config: AggregatorConfig) -> None:
+    """Refuse settings of privacy that contradict each other, before anything starts.
+
+    Raises:
+        ConfigError: It names the two settings and what to do.
+    """
+    privacy = config.privacy
+    sample, client, secagg = privacy.sample, privacy.client, privacy.secagg
+    if sample.epsilon and sample.noise_multiplier:
+        raise ConfigError(
+            "privacy.sample.epsilon and privacy.sample.noise_multiplier are both set: keep epsilon, from which each "
+            "device derives its noise, or noise_multiplier, from which each computes its epsilon"
+        )
+    if secagg.enabled and client.noise_multiplier:
+        raise ConfigError(
+            "privacy.client.noise_multiplier needs single updates, which privacy.secagg hides from the aggregator: "
+            "let the devices add the noise together with privacy.secagg.noise_multiplier"
+        )
+    if secagg.noise_multiplier and not secagg.enabled:
+        raise ConfigError(
+            "privacy.secagg.noise_multiplier is noise in a masked sum: set privacy.secagg.enabled = true"
+        )
+    if secagg.enabled and secagg.modulus_bits == 8 and not secagg.noise_multiplier:  # noqa: PLR2004 - see the message
+        raise ConfigError(
+            "privacy.secagg.modulus_bits = 8 leaves too few steps for updates without noise: set 16, or "
+            "privacy.secagg.noise_multiplier"
+        )
