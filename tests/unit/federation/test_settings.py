@@ -39,6 +39,8 @@ def other_value(key: str, default: object) -> Any:
             return f'{default} "quoted" \\ ä'
         case float():
             return 0.25 if default != 0.25 else 0.5
+        case bool():
+            return not default
         case int():
             return default + 1
     raise AssertionError(f"{key}: add a value for {type(default).__name__}")
