@@ -359,9 +359,9 @@ class Agent:
                 self._send_offer(unanswered)
             case SendChunks(offer, indices):
                 self._send_chunks(offer, indices, now)
-            case SendDecline(run, number, reason):
-                log.error("round_declined", round=number, reason=reason)
-                self._send_signed(Decline(run=run, round=number, reason=reason[:1000]))
+            case SendDecline(run, number, reason, code):
+                log.error("round_declined", round=number, code=code.value, reason=reason)
+                self._send_signed(Decline(run=run, round=number, reason=reason[:1000], code=code))
             case ForgetUpdate(accepted, reason):
                 report = log.info if accepted else log.warning
                 report("update_accepted" if accepted else "update_dropped", reason=reason)

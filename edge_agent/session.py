@@ -10,10 +10,11 @@ A newer plan ends whatever an older round was doing. The link may come and go in
 it, and what could not be sent is sent after the next connect.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from enum import StrEnum
 
-from federation.wire.messages import Credit, IdlePlan, Plan, Receipt, RoundPlan, UpdateOffer
+from federation.wire.messages import Credit, DeclineCode, IdlePlan, Plan, Receipt, RoundPlan, UpdateOffer
 from federation.wire.transfer import Upload
 
 
@@ -73,11 +74,13 @@ class WorkFailed:
         run: In which it failed.
         round: In which it failed.
         reason: For people; it is sent to the aggregator.
+        code: The kind of reason.
     """
 
     run: str
     round: int
     reason: str
+    code: DeclineCode = DeclineCode.FAULT
 
 
 @dataclass(frozen=True, slots=True)
@@ -166,6 +169,7 @@ class SendDecline:
     run: str
     round: int
     reason: str
+    code: DeclineCode = DeclineCode.FAULT
 
 
 @dataclass(frozen=True, slots=True)
@@ -228,6 +232,7 @@ class Session:
         done: Whether that process had nothing left to do in that round.
         pending: An update that an earlier process left in the outbox, not yet receipted.
         retired: Runs that were over before the one that was seen.
+        objection: Says what a plan lacks of this device's terms; empty where it lacks nothing.
     """
 
     def __init__(
@@ -238,6 +243,7 @@ class Session:
         done: bool = False,
         pending: UpdateOffer | None = None,
         retired: tuple[str, ...] = (),
+        objection: Callable[[RoundPlan], str] = lambda _: "",
     ) -> None:
         self.agent = agent
         self.phase = Phase.IDLE
@@ -247,6 +253,7 @@ class Session:
             seen, done = (pending.run, pending.round), False
         self._run, self._round = seen
         self._retired = retired
+        self._objection = objection
         self._done = seen if done else ("", 0)
         self._declined: SendDecline | None = None
         self._declined_attempt = 0
@@ -278,8 +285,8 @@ class Session:
                 return [Fetch(self._plan_now)]
             case UpdateReady(offer) if self._busy(Phase.TRAINING) and self._is_for(offer.run, offer.round):
                 return self._deliver(offer, now)
-            case WorkFailed(run, number, reason) if self._is_for(run, number):
-                return self._decline(reason)
+            case WorkFailed(run, number, reason, code) if self._is_for(run, number):
+                return self._decline(reason, code)
             case CreditArrived(credit):
                 return self._credit_arrived(credit)
             case ReceiptArrived(receipt):
@@ -342,6 +349,9 @@ class Session:
             self.plan = plan
             return [*commands, Fetch(plan)] if self.phase is Phase.FETCHING and offered != known else commands
         self.plan = plan
+        objection = self._objection(plan)
+        if objection:
+            return commands + self._decline(objection, DeclineCode.TERMS)
         if self._pending is not None:
             return commands + self._deliver(self._pending, now)
         self.phase = Phase.FETCHING
@@ -356,9 +366,9 @@ class Session:
             self._done = run, number
         return [] if known == (run, number, done) else [Remember(run, number, done, self._retired)]
 
-    def _decline(self, reason: str) -> list[Command]:
+    def _decline(self, reason: str, code: DeclineCode) -> list[Command]:
         """Sit out the present attempt of the round. A later one is a new chance: the fault may be mended by then."""
-        self._declined = SendDecline(self._plan_now.run, self._plan_now.round, reason)
+        self._declined = SendDecline(self._plan_now.run, self._plan_now.round, reason, code)
         self._declined_attempt = self._plan_now.attempt
         commands = self._forget(reason)
         self._rest()
