@@ -2,6 +2,7 @@
 
 import signal
 import tomllib
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any, NoReturn
 
@@ -55,7 +56,7 @@ def init(
 @app.command()
 def config(file: ConfigOption = None, settings: SetOption = None) -> None:
     """Print the settings in effect, as TOML. Secrets are not shown."""
-    effective = load(AggregatorConfig, file=file, secrets=SECRETS, flags=parse_settings(settings))
+    effective = _settings(file, parse_settings(settings))
     typer.echo(to_toml(without_secrets(effective)), nl=False)
 
 
@@ -123,7 +124,7 @@ def serve(
         "train.learning_rate": learning_rate,
         **parse_settings(settings),
     }
-    effective = load(AggregatorConfig, file=file, secrets=SECRETS, flags=flags)
+    effective = _settings(file, flags)
     with prepared(effective) as ready:
         write_whole(served_config(effective.state_dir), to_toml(without_secrets(effective)).encode())
         service = Service(effective, ready.store, ready.enrolment, ready.task, ready.address)
@@ -166,7 +167,7 @@ def enroll(
         "broker.advertise": advertise,
         **parse_settings(settings),
     }
-    effective = load(AggregatorConfig, file=file or _served(state), secrets=SECRETS, flags=flags)
+    effective = _settings(file or _served(state), flags)
     target = output or Path(f"{name}.bundle.json")
     if target.exists() and not replace:
         raise ConfigError(f"{target} exists; use --replace, or -o for another file")
@@ -202,7 +203,7 @@ def revoke(
     from aggregator.enrolment import Enrolment
 
     flags = {"federation": federation, "state_dir": state}
-    effective = load(AggregatorConfig, file=file or _served(state), secrets=SECRETS, flags=flags)
+    effective = _settings(file or _served(state), flags)
     Enrolment(Path(effective.state_dir), effective.federation).revoke(name)
     reload_running(Path(effective.state_dir))
     typer.echo(f"{name} is revoked: nothing that it signs counts any more")
@@ -221,7 +222,7 @@ def new_run(
     """
     from aggregator.store import Store
 
-    with Store(state or Path(load(AggregatorConfig, file=file).state_dir)) as store:
+    with Store(state or Path(_settings(file, {}).state_dir)) as store:
         store.lock()
         store.begin_run()
         store.sweep()
@@ -239,7 +240,7 @@ def status(
     """Show rounds, agents and refusals, of a server that runs or has run."""
     from aggregator.status import collect, render
 
-    folder = state or Path(load(AggregatorConfig, file=file).state_dir)
+    folder = state or Path(_settings(file, {}).state_dir)
     report = collect(folder)
     typer.echo(report.to_json() if as_json else render(report), nl=not as_json)
 
@@ -301,6 +302,16 @@ def without_secrets(effective: AggregatorConfig) -> AggregatorConfig:
 def served_config(state_dir: str) -> Path:
     """Where ``serve`` leaves its settings, so that ``enroll`` in another terminal agrees with it without flags."""
     return Path(state_dir) / "served.toml"
+
+
+def _settings(file: Path | None, flags: Mapping[str, object]) -> AggregatorConfig:
+    return load(
+        AggregatorConfig,
+        file=file,
+        secrets=SECRETS,
+        flags=flags,
+        missing=f"check --config, or let `aggregator init {file}` write it",
+    )
 
 
 def _served(state_dir: str | None) -> Path | None:

@@ -5,7 +5,7 @@ from typing import Annotated
 from msgspec import Meta
 
 from aggregator.privacy_config import PrivacyConfig
-from aggregator.table import Table
+from federation.config import Table
 from federation.wire.credit import CREDIT_BYTES
 from federation.wire.fields import Count, Name, NonNegative, Positive
 from federation.wire.messages import MAX_CHUNK_BYTES, MAX_DELTAS, TrainSpec

@@ -7,7 +7,7 @@ from typing import Annotated, Literal
 
 from msgspec import Meta
 
-from aggregator.table import Table
+from federation.config import Table
 from federation.wire.fields import NonNegative, Positive, Probability
 
 DELTA = 1e-5

@@ -1,18 +1,24 @@
 """Write docs/configuration.md from the settings themselves: ``python docs/generate.py``. A test holds it current."""  # noqa: INP001 - a script, not a package
 
+from collections.abc import Iterator
 from pathlib import Path
 
 import msgspec
+from msgspec import Struct
 
 from aggregator.config import SECRETS, AggregatorConfig
+from edge_agent.config import AgentConfig
 from federation.config import Setting, describe
 
 PAGE = Path(__file__).with_name("configuration.md")
 
 HEAD = """\
-# Settings of the aggregator
+# Settings
 
-This page is made by `python docs/generate.py` from the settings in `aggregator/config.py`. Do not edit it.
+This page is made by `python docs/generate.py` from the settings in `aggregator/config.py` and `edge_agent/config.py`. Do not
+edit it.
+
+# The aggregator
 
 `aggregator init` writes all settings into a commented TOML file, and `aggregator serve --config FILE` reads it. A setting
 comes, in rising order, from its default, the file, the environment (secrets only), and the command line: the common ones have
@@ -34,19 +40,35 @@ TITLES = {
 }
 
 
+AGENT_HEAD = """
+# The agent
+
+`edge-agent run BUNDLE --config FILE` reads them from a TOML file; flags come on top.
+"""
+
+AGENT_TITLES = {
+    "": "Top level of the agent's file",
+    "privacy": "`[privacy]`: what this device demands and never spends",
+}
+
+
 def page() -> str:
     """The whole page."""
-    parts = [HEAD]
+    parts = [HEAD, *_tables(AggregatorConfig, TITLES)]
+    parts.append("\n## Environment\n\n| variable | sets |\n|---|---|\n")
+    parts += [f"| `{variable}` | `{key}` |\n" for variable, key in SECRETS.items()]
+    parts += [AGENT_HEAD, *_tables(AgentConfig, AGENT_TITLES)]
+    return "".join(parts)
+
+
+def _tables(kind: type[Struct], titles: dict[str, str]) -> Iterator[str]:
     table: str | None = None
-    for setting in describe(AggregatorConfig):
+    for setting in describe(kind):
         head, _, name = setting.key.rpartition(".")
         if head != table:
             table = head
-            parts.append(f"\n## {TITLES[head]}\n\n| key | default | meaning |\n|---|---|---|\n")
-        parts.append(f"| `{name}` | {_default(setting)} | {_text(setting)} |\n")
-    parts.append("\n## Environment\n\n| variable | sets |\n|---|---|\n")
-    parts += [f"| `{variable}` | `{key}` |\n" for variable, key in SECRETS.items()]
-    return "".join(parts)
+            yield f"\n## {titles[head]}\n\n| key | default | meaning |\n|---|---|---|\n"
+        yield f"| `{name}` | {_default(setting)} | {_text(setting)} |\n"
 
 
 def _text(setting: Setting) -> str:

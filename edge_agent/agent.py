@@ -7,12 +7,13 @@ while torch computes. Every decision is taken in the loop.
 import secrets
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TypeVar
 
 import structlog
 
+from edge_agent.config import PrivacyLimits
 from edge_agent.fetching import ModelCache
 from edge_agent.metering import RoundMeter, UploadShare
 from edge_agent.outbox import Outbox
@@ -42,6 +43,7 @@ from edge_agent.session import (
     WorkFailed,
 )
 from edge_agent.telemetry import Health
+from edge_agent.terms import Requirement, objection
 from edge_agent.worker import Trainer, Worker
 from federation.bundle import Bundle, address
 from federation.errors import (
@@ -99,6 +101,8 @@ class Options:
         give_up_after_s: Seconds after which the first connect fails for good; 0 tries for ever.
         plugins: Plug-in models (``package.module:factory``) that a plan may name.
         max_rate: Cap on the bandwidth of each direction, bytes a second (:mod:`federation.wire.rate`); None for none.
+        required: Terms that a plan must state.
+        limits: What no plan can exceed.
     """
 
     state_dir: Path
@@ -106,6 +110,8 @@ class Options:
     give_up_after_s: float = 0.0
     plugins: frozenset[str] = frozenset()
     max_rate: float | None = None
+    required: tuple[Requirement, ...] = ()
+    limits: PrivacyLimits = field(default_factory=PrivacyLimits)
 
 
 class Agent:
@@ -178,6 +184,7 @@ class Agent:
             done=progress.done,
             pending=self._outbox.pending(),
             retired=progress.retired,
+            objection=lambda plan: objection(plan.privacy, options.required, options.limits.max_epsilon),
         )
         self._health = Health(self._session_id, options.state_dir)
         self._health_due = time.monotonic()

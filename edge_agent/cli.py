@@ -9,6 +9,7 @@ import typer
 from edge_agent.inference.command import infer
 from federation import __version__
 from federation.cli import new_app, run
+from federation.errors import ConfigError
 from federation.logs import LogFormat, configure
 
 app = new_app("Take part in a federation from a device: train where the data is, run the model there.")
@@ -18,43 +19,56 @@ BundleArgument = Annotated[
     Path, typer.Argument(help="The file that `aggregator enroll` wrote for this device.")
 ]
 DataOption = Annotated[
-    str,
+    str | None,
     typer.Option(
         "--data", help="imagefolder:PATH, mnist:PATH, cifar10:PATH, digits, or package.module:factory."
+    ),
+]
+MaxEpsilonOption = Annotated[
+    float | None,
+    typer.Option(
+        "--max-epsilon", min=0, help="Most epsilon that training may ever spend on this device's images."
     ),
 ]
 OTHER_LABEL = "(other)"
 """Stands for what the rest of the fleet has, where this device has images of one class only."""
 
 OneClassOption = Annotated[
-    bool, typer.Option("--allow-single-class", help="Accept data of one class only; it trains a poor model.")
+    bool | None,
+    typer.Option("--allow-single-class", help="Accept data of one class only; it trains a poor model."),
 ]
 
 
 @app.command("run")
 def run_agent(
     bundle: BundleArgument,
-    data: DataOption,
+    data: DataOption = None,
+    file: Annotated[
+        Path | None,
+        typer.Option("--config", "-c", help="TOML file with what the flags say, and [privacy]."),
+    ] = None,
     state: Annotated[
         Path | None,
         typer.Option("--state", help="Folder for what must survive; default BUNDLE's name beside it."),
     ] = None,
-    device: Annotated[str, typer.Option("--device", help="auto, cpu, cuda or mps.")] = "auto",
-    threads: Annotated[int, typer.Option("--threads", min=0, help="CPU threads for training; 0 is all.")] = 0,
+    device: Annotated[str | None, typer.Option("--device", help="auto, cpu, cuda or mps.")] = None,
+    threads: Annotated[
+        int | None, typer.Option("--threads", min=0, help="CPU threads for training; 0 is all.")
+    ] = None,
     max_memory: Annotated[
-        int,
+        int | None,
         typer.Option(
             "--max-memory", min=16, help="MiB that decoded images may take; larger sets stay on disk."
         ),
-    ] = 512,
-    allow_single_class: OneClassOption = False,
+    ] = None,
+    allow_single_class: OneClassOption = None,
     allow_model: Annotated[
         list[str] | None,
         typer.Option("--allow-model", help="A plug-in model, package.module:factory, that a plan may name."),
     ] = None,
     telemetry_s: Annotated[
-        float, typer.Option("--telemetry", min=0, help="Seconds between health reports; 0 is none.")
-    ] = 60,
+        float | None, typer.Option("--telemetry", min=0, help="Seconds between health reports; 0 is none.")
+    ] = None,
     max_rate: Annotated[
         str | None,
         typer.Option(
@@ -62,26 +76,61 @@ def run_agent(
             help="Most bandwidth to use in each direction, in bits a second: 256kbit, 1.5mbit; default no cap.",
         ),
     ] = None,
+    require: Annotated[
+        list[str] | None,
+        typer.Option("--require", help='A term that a plan must state, e.g. "sample-dp eps<=8" or "secagg".'),
+    ] = None,
+    max_epsilon: MaxEpsilonOption = None,
+    roster: Annotated[
+        Path | None,
+        typer.Option("--roster", help="Keys of the federation's devices, for secure aggregation."),
+    ] = None,
     give_up_after_s: Annotated[
-        float,
+        float | None,
         typer.Option(
             "--give-up-after",
             min=0,
             help="Seconds after which a broker that was never reached is an error; 0 is never.",
         ),
-    ] = 0,
+    ] = None,
     log_level: Annotated[str, typer.Option("--log-level", help="debug, info, warning or error.")] = "info",
     log_format: Annotated[
         LogFormat, typer.Option("--log-format", help="console or json; auto looks at stderr.")
     ] = "auto",
 ) -> None:
     """Take part until SIGTERM. Power, link and server may fail at any time: nothing is lost."""
+    from edge_agent.config import AgentConfig
+    from edge_agent.terms import parse_requirement
+    from federation.config import load
     from federation.wire.rate import parse_rate
 
     configure(level=log_level, form=log_format)
-    cap = (
-        None if max_rate is None else parse_rate(max_rate)
-    )  # a slip is told before PyTorch has taken its seconds
+    # All slips in settings are told before PyTorch has taken its seconds.
+    settings = load(
+        AgentConfig,
+        file=file,
+        flags={
+            "data": data,
+            "state_dir": None if state is None else str(state),
+            "device": device,
+            "threads": threads,
+            "max_memory_mb": max_memory,
+            "allow_single_class": allow_single_class,
+            "allow_model": allow_model,
+            "telemetry_s": telemetry_s,
+            "max_rate": max_rate,
+            "give_up_after_s": give_up_after_s,
+            "privacy.require": require,
+            "privacy.max_epsilon": max_epsilon,
+            "privacy.roster": None if roster is None else str(roster),
+        },
+    )
+    if not settings.data:
+        raise ConfigError(
+            "no images to train on: give --data, e.g. --data imagefolder:/data/photos, or data in --config"
+        )
+    cap = parse_rate(settings.max_rate) if settings.max_rate else None
+    required = tuple(parse_requirement(text) for text in settings.privacy.require)
 
     from edge_agent.agent import Agent, Options
     from edge_agent.telemetry import capabilities
@@ -91,21 +140,25 @@ def run_agent(
 
     identity = read_bundle(bundle)
     trainer = TorchTrainer(
-        data,
-        device=device,
-        threads=threads,
-        memory_limit_mb=max_memory,
-        allow_single_class=allow_single_class,
+        settings.data,
+        device=settings.device,
+        threads=settings.threads,
+        memory_limit_mb=settings.max_memory_mb,
+        allow_single_class=settings.allow_single_class,
     )
     # Opening the data now, with the labels that it has itself, shows what is wrong with it before the first round.
-    samples = trainer.samples(task_from_data(data, "cnn", stand_in=OTHER_LABEL))
+    samples = trainer.samples(task_from_data(settings.data, "cnn", stand_in=OTHER_LABEL))
+    if required:  # such a device does not tell how many images it has: a power of two, at most that many
+        samples = 1 << (samples.bit_length() - 1)
     able = capabilities(device=trainer.device_name, threads=trainer.threads, samples=samples)
     options = Options(
-        state_dir=state or default_state(bundle),
-        telemetry_s=telemetry_s,
-        give_up_after_s=give_up_after_s,
-        plugins=frozenset(allow_model or ()),
+        state_dir=Path(settings.state_dir) if settings.state_dir else default_state(bundle),
+        telemetry_s=settings.telemetry_s,
+        give_up_after_s=settings.give_up_after_s,
+        plugins=frozenset(settings.allow_model),
         max_rate=cap,
+        required=required,
+        limits=settings.privacy,
     )
     agent = Agent(identity, able, trainer, options)
     for number in (signal.SIGTERM, signal.SIGINT):

@@ -342,6 +342,15 @@ class Session:
             if plan.attempt <= self._declined_attempt:
                 return [*commands, self._declined]  # the first one may be lost
             self._declined = None
+        objection = self._objection(plan)
+        if objection:  # also to a later attempt that promises less than the one that is being worked on
+            working = self.phase in (Phase.FETCHING, Phase.TRAINING)
+            self.plan = plan
+            return [
+                *commands,
+                *([Abandon(objection)] if working else []),
+                *self._decline(objection, DeclineCode.TERMS),
+            ]
         if (
             self.plan is not None
         ):  # announced again, or a later attempt of the round that this agent is working on
@@ -349,9 +358,6 @@ class Session:
             self.plan = plan
             return [*commands, Fetch(plan)] if self.phase is Phase.FETCHING and offered != known else commands
         self.plan = plan
-        objection = self._objection(plan)
-        if objection:
-            return commands + self._decline(objection, DeclineCode.TERMS)
         if self._pending is not None:
             return commands + self._deliver(self._pending, now)
         self.phase = Phase.FETCHING

@@ -23,6 +23,10 @@ from federation.errors import ConfigError
 T = TypeVar("T", bound=Struct)
 
 
+class Table(Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
+    """Base of all settings: a table of the TOML file."""
+
+
 @dataclass(frozen=True, slots=True)
 class Setting:
     """One key of a configuration.
@@ -44,6 +48,7 @@ def load(
     file: Path | None = None,
     secrets: Mapping[str, str] | None = None,
     flags: Mapping[str, object] | None = None,
+    missing: str = "check --config",
 ) -> T:
     """Read the effective settings.
 
@@ -52,6 +57,7 @@ def load(
         file: A TOML file, or None.
         secrets: Environment variable -> dotted key, for what must not stand in a file.
         flags: Dotted key -> value; a value of None means "not given".
+        missing: What to do where there is no such file.
 
     Returns:
         The decoded settings.
@@ -59,7 +65,7 @@ def load(
     Raises:
         ConfigError: For a missing or broken file, an unknown key (suggesting the nearest), or a bad value.
     """
-    raw = _read(file) if file else {}
+    raw = _read(file, missing) if file else {}
     _refuse_unknown(kind, raw, "", str(file))
     for variable, key in (secrets or {}).items():
         if variable in os.environ:
@@ -111,13 +117,11 @@ def to_toml(settings: Struct) -> str:
     return "\n".join(lines).lstrip("\n") + "\n"
 
 
-def _read(file: Path) -> dict[str, Any]:
+def _read(file: Path, missing: str) -> dict[str, Any]:
     try:
         return tomllib.loads(file.read_text())
     except FileNotFoundError:
-        raise ConfigError(
-            f"configuration file {file} does not exist; `aggregator init {file}` writes one"
-        ) from None
+        raise ConfigError(f"configuration file {file} does not exist: {missing}") from None
     except OSError as error:
         raise ConfigError(f"cannot read configuration file {file}: {error.strerror}") from error
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:

@@ -32,6 +32,7 @@ from edge_agent.session import (
 from federation.errors import PeerError, Rejection
 from federation.wire.messages import (
     Credit,
+    DeclineCode,
     FullModel,
     IdlePlan,
     Receipt,
@@ -41,6 +42,7 @@ from federation.wire.messages import (
     TrainSpec,
     UpdateOffer,
 )
+from federation.wire.terms import PrivacyTerms, SecAggTerms
 from federation.wire.transfer import make_ref
 
 RUN, OTHER_RUN = "0123456789abcdef", "fedcba9876543210"
@@ -362,3 +364,40 @@ def test_nothing_is_due_in_an_idle_session() -> None:
     session = Session("me")
     credit = Credit(sha256=offer().object.sha256, chunks=(0,))
     assert feed(session, Tick(), LinkUp(), CreditArrived(credit), ReceiptArrived(receipt(offer()))) == []
+
+
+def needs_masks(of: RoundPlan) -> str:
+    return "" if of.privacy.secagg else "no masks"
+
+
+MASKED = PrivacyTerms(
+    secagg=SecAggTerms(clip_norm=1.0, modulus_bits=16, min_agents=2, dropouts=0.0, rotation_seed=bytes(16))
+)
+
+
+def test_a_plan_below_the_terms_is_declined_before_anything_is_fetched() -> None:
+    session = Session("me", objection=needs_masks)
+    declined = SendDecline(RUN, 1, "no masks", DeclineCode.TERMS)
+    assert feed(session, PlanArrived(plan())) == [Remember(RUN, 1, done=False), declined]
+    assert feed(session, PlanArrived(plan())) == [declined]
+    better = structs.replace(plan(attempt=2), privacy=MASKED)
+    assert feed(session, PlanArrived(better)) == [Fetch(better)]
+
+
+def test_a_later_attempt_cannot_take_back_what_was_promised() -> None:
+    session = Session("me", objection=needs_masks)
+    feed(session, PlanArrived(structs.replace(plan(), privacy=MASKED)), BaseReady(base_of(1)))
+    assert session.phase is Phase.TRAINING
+    assert feed(session, PlanArrived(plan(attempt=2))) == [
+        Abandon("no masks"),
+        SendDecline(RUN, 1, "no masks", DeclineCode.TERMS),
+    ]
+    assert feed(session, UpdateReady(offer())) == []
+
+
+def test_an_update_on_disk_is_not_sent_under_lesser_terms() -> None:
+    session = Session("me", seen=(RUN, 1), pending=offer(), objection=needs_masks)
+    assert feed(session, PlanArrived(plan())) == [
+        ForgetUpdate(accepted=False, reason="no masks"),
+        SendDecline(RUN, 1, "no masks", DeclineCode.TERMS),
+    ]

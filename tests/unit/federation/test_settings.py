@@ -125,7 +125,7 @@ def test_a_bad_value_is_named(tmp_path: Path, text: str, words: str) -> None:
 
 def test_a_missing_file_says_how_to_get_one(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="aggregator init"):
-        load(AggregatorConfig, file=tmp_path / "none.toml")
+        load(AggregatorConfig, file=tmp_path / "none.toml", missing="`aggregator init` writes one")
 
 
 def test_flags_win_over_the_environment_and_that_over_the_file(
