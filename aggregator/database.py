@@ -42,6 +42,10 @@ CREATE TABLE IF NOT EXISTS traffic (
     sent_payload_bytes INTEGER NOT NULL, received_payload_bytes INTEGER NOT NULL, PRIMARY KEY (round, agent)
 ) STRICT;
 CREATE TABLE IF NOT EXISTS uploads (agent TEXT PRIMARY KEY, received INTEGER NOT NULL, total INTEGER NOT NULL) STRICT;
+CREATE TABLE IF NOT EXISTS declines (
+    round INTEGER NOT NULL, agent TEXT NOT NULL, code TEXT NOT NULL, reason TEXT NOT NULL, at REAL NOT NULL,
+    PRIMARY KEY (round, agent)
+) STRICT;
 CREATE INDEX IF NOT EXISTS refusals_by_code ON refusals (code);
 """
 

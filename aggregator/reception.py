@@ -148,7 +148,14 @@ class Reception:
         except PeerError as error:
             self._log_refusal(agent, error, now)
             return []
-        log.warning("round_declined", agent=agent, round=decline.round, reason=decline.reason)
+        log.warning(
+            "round_declined",
+            agent=agent,
+            round=decline.round,
+            code=decline.code.value,
+            reason=decline.reason,
+        )
+        self._store.record_decline(agent, decline)
         return [AgentOut(agent)]
 
     def _offer(self, offer: UpdateOffer, agent: str, now: float) -> list[Event]:

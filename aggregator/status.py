@@ -68,6 +68,7 @@ class Report(msgspec.Struct, frozen=True):
         agents: As they last announced themselves.
         refusals: The newest, with code and detail.
         refusal_counts: By code.
+        declines: The newest, with code and reason.
     """
 
     federation: str
@@ -76,6 +77,7 @@ class Report(msgspec.Struct, frozen=True):
     agents: list[dict[str, Any]]
     refusals: list[dict[str, Any]]
     refusal_counts: dict[str, int]
+    declines: list[dict[str, Any]] = []
 
     def to_json(self) -> str:
         """One JSON object, indented, with a newline."""
@@ -135,7 +137,11 @@ def collect(folder: Path) -> Report:
             {"round": number, "agent": agent, "code": code, "detail": detail, "at": at}
             for number, agent, code, detail, at in store.refusals()
         ]
-        return Report(store.federation, store.run, rounds, agents, refusals, store.refusal_counts())
+        declines = [
+            {"round": number, "agent": agent, "code": code, "reason": reason, "at": at}
+            for number, agent, code, reason, at in store.declines()
+        ]
+        return Report(store.federation, store.run, rounds, agents, refusals, store.refusal_counts(), declines)
 
 
 def render(report: Report) -> str:
@@ -150,6 +156,11 @@ def render(report: Report) -> str:
             console.print(f"refused: {counts}; the newest:")
             for row in report.refusals[:REFUSALS_SHOWN]:
                 text = f"  round {row['round']}  {row['agent']}  {row['code']}: {row['detail']}"
+                console.print(_foreign(text))
+        if report.declines:
+            console.print("declined by agents, the newest:")
+            for row in report.declines[:REFUSALS_SHOWN]:
+                text = f"  round {row['round']}  {row['agent']}  {row['code']}: {row['reason']}"
                 console.print(_foreign(text))
     return capture.get().rstrip("\n")
 

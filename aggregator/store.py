@@ -24,7 +24,7 @@ from federation.errors import Rejection
 from federation.files import disk_error, sync_folder, write_whole
 from federation.task.checkpoint import FOLDER, checkpoint_path
 from federation.task.model_card import HoldOutMetrics
-from federation.wire.messages import AgentState, Capabilities, Telemetry, TrainMetrics, UpdateOffer
+from federation.wire.messages import AgentState, Capabilities, Decline, Telemetry, TrainMetrics, UpdateOffer
 
 _RECORD_VERSION = (
     "INSERT INTO versions VALUES (?, ?, ?) ON CONFLICT (round) DO UPDATE SET "
@@ -296,6 +296,22 @@ class Store(Database):
         """The newest refusals: round, agent, code, detail, Unix seconds."""
         rows = self.read(
             "SELECT round, agent, code, detail, at FROM refusals ORDER BY id DESC LIMIT ?", (limit,)
+        )
+        return [tuple(row) for row in rows]
+
+    def record_decline(self, agent: str, decline: Decline) -> None:
+        """Keep why an agent sits a round out; the last word counts."""
+        with self.transaction() as db:
+            db.execute(
+                "INSERT OR REPLACE INTO declines (round, agent, code, reason, at) VALUES (?, ?, ?, ?, ?)",
+                (decline.round, agent, decline.code.value, decline.reason, time.time()),
+            )
+
+    def declines(self, limit: int = 20) -> list[tuple[int, str, str, str, float]]:
+        """The newest declines: round, agent, code, reason, Unix seconds."""
+        rows = self.read(
+            "SELECT round, agent, code, reason, at FROM declines ORDER BY round DESC, at DESC LIMIT ?",
+            (limit,),
         )
         return [tuple(row) for row in rows]
 

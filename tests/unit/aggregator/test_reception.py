@@ -22,6 +22,7 @@ from federation.wire.inbox import LinkEvent, Message
 from federation.wire.messages import (
     Credit,
     Decline,
+    DeclineCode,
     Receipt,
     TrainMetrics,
     UpdateOffer,
@@ -351,6 +352,13 @@ def test_a_decline_is_passed_on_and_one_for_another_round_is_not(door: Door) -> 
     assert door.says(Decline(run=RUN, round=1, reason="too hot")) == [AgentOut("pi1")]
     assert door.says(Decline(run=RUN, round=2, reason="too hot")) == []
     assert door.refused() == ["future_round"]
+
+
+def test_the_last_decline_of_a_round_is_kept_for_the_operator(door: Door) -> None:
+    door.says(Decline(run=RUN, round=1, reason="too hot"))
+    door.says(Decline(run=RUN, round=1, reason="no masks", code=DeclineCode.TERMS))
+    kept = [row[:4] for row in door.store.declines()]
+    assert kept == [(1, "pi1", "terms", "no masks")]
 
 
 def test_who_has_not_proved_to_be_the_agent_gets_no_receipt(door: Door) -> None:

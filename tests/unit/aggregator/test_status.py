@@ -34,7 +34,8 @@ def report(device: str = "cpu", detail: str = "L2 norm 9, at most 5") -> Report:
         "last_round": None,
     }
     refusal = {"round": 1, "agent": "pi1", "code": "norm_too_large", "detail": detail, "at": 0.0}
-    return Report("home", "0" * 16, [ROUND], [agent], [refusal], {"norm_too_large": 1})
+    decline = {"round": 1, "agent": "pi2", "code": "terms", "reason": f"no masks {device}", "at": 0.0}
+    return Report("home", "0" * 16, [ROUND], [agent], [refusal], {"norm_too_large": 1}, [decline])
 
 
 def test_rounds_agents_and_refusals_are_shown(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -49,6 +50,7 @@ def test_rounds_agents_and_refusals_are_shown(monkeypatch: pytest.MonkeyPatch) -
         "cpu",
         "norm_too_large 1",
         "at most 5",
+        "pi2  terms: no masks",
     ):
         assert part in shown
 
