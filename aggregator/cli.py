@@ -257,11 +257,12 @@ def demo(
         int, typer.Option("--agents", min=2, max=20, help="Agents, each a process of its own.")
     ] = 3,
     rounds: Annotated[int, typer.Option("--rounds", min=1, help="Rounds.")] = 8,
+    settings: SetOption = None,
 ) -> None:
     """Run a whole federation on this machine: broker, server, agents, ONNX export, inference."""
     from aggregator.demo import run_demo
 
-    run_demo(data=data, folder=folder, agents=agents, rounds=rounds)
+    run_demo(data=data, folder=folder, agents=agents, rounds=rounds, settings=settings or ())
 
 
 @app.callback(invoke_without_command=True)

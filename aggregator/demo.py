@@ -8,7 +8,7 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -85,7 +85,7 @@ class Processes:
                 process.wait()
 
 
-def run_demo(*, data: str, folder: Path, agents: int, rounds: int) -> None:
+def run_demo(*, data: str, folder: Path, agents: int, rounds: int, settings: Sequence[str] = ()) -> None:
     """Run the demo and say what happened.
 
     Args:
@@ -93,6 +93,7 @@ def run_demo(*, data: str, folder: Path, agents: int, rounds: int) -> None:
         folder: Replaced, if an earlier demo made it.
         agents: Processes that train.
         rounds: Of federated averaging.
+        settings: More of the aggregator's, ``KEY=VALUE``, such as ``privacy.secagg.enabled=true``.
 
     Raises:
         ConfigError: If the folder is something else, or a process fails.
@@ -105,7 +106,7 @@ def run_demo(*, data: str, folder: Path, agents: int, rounds: int) -> None:
         console.print(
             f"[bold]fedge demo[/]: {agents} agents learn [bold]{data}[/] together; the data stays with each."
         )
-        _start(processes, data=data, folder=folder, agents=agents, rounds=rounds)
+        _start(processes, data=data, folder=folder, agents=agents, rounds=rounds, settings=settings)
         report = _watch(console, processes, state, rounds)
         processes.stop()
         processes.check()
@@ -136,7 +137,9 @@ def _processes(logs: Path) -> Iterator[Processes]:
         processes.stop()
 
 
-def _start(processes: Processes, *, data: str, folder: Path, agents: int, rounds: int) -> None:
+def _start(
+    processes: Processes, *, data: str, folder: Path, agents: int, rounds: int, settings: Sequence[str]
+) -> None:
     state = folder / "aggregator"
     names = [f"agent-{number}" for number in range(1, agents + 1)]
     threads = max(1, (os.cpu_count() or 1) // agents)
@@ -149,6 +152,7 @@ def _start(processes: Processes, *, data: str, folder: Path, agents: int, rounds
         *_python("aggregator.cli", "serve", "--federation", FEDERATION, "--state", str(state)),
         *("--listen", f"{broker.host}:{broker.port}", "--holdout", data, "--rounds", str(rounds)),
         *("--min-agents", str(agents), "--cohort-size", str(agents), "--epochs", "4", "--lr", "0.05"),
+        *(part for setting in settings for part in ("--set", setting)),
         threads=1,
     )
     for number, name in enumerate(names, start=1):
