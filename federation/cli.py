@@ -23,6 +23,7 @@ EXTRAS = {
     "torch": "train",
     "torchvision": "train",
     "opacus": "train",
+    "dp_accounting": "train",
     "sklearn": "train",
     "bcrypt": "aggregator",
     "onnx": "aggregator",
