@@ -2,7 +2,7 @@
 
 import threading
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 
@@ -15,6 +15,7 @@ from aggregator.enrolment import Enrolment
 from aggregator.service import Service
 from aggregator.store import Store
 from edge_agent.agent import Agent, Options
+from edge_agent.terms import parse_requirement
 from edge_agent.training import Cancelled, Trained
 from federation.bundle import Bundle
 from federation.task.checkpoint import CheckpointInfo, checkpoint_bytes, read_checkpoint
@@ -158,7 +159,7 @@ class Federation:
 
         return service, self.pool.submit(run)
 
-    def join(self, name: str, trainer: TinyTrainer) -> Agent:
+    def join(self, name: str, trainer: TinyTrainer, *, require: Sequence[str] = ()) -> Agent:
         able = Capabilities(
             version="0",
             device="cpu",
@@ -168,7 +169,8 @@ class Federation:
             encodings=tuple(ENCODINGS),
             platform="test",
         )
-        options = Options(state_dir=self.folder / name, telemetry_s=0)
+        required = tuple(parse_requirement(text) for text in require)
+        options = Options(state_dir=self.folder / name, telemetry_s=0, required=required)
         agent = Agent(self.bundles[name], able, trainer, options, make_link=self.broker.make_link)
         self.running.append(agent)
         self.agents[name] = self.pool.submit(agent.run)
