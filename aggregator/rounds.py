@@ -7,6 +7,9 @@
        |                        +-+ deadline without a quorum: extended, nobody's work is lost       |
        +---------------------------------- more rounds to go ----------------------------------------+--> FINISHED
 
+Under secure aggregation UNMASKING stands between OPEN and FOLDING. If it fails before any device was asked to open the
+sum, the round is extended, and all mask anew; after that, nobody would open another sum of the round: it is skipped.
+
 Time is monotonic seconds. Everything that must survive a restart is in :class:`RoundRecord`, which the store keeps;
 :meth:`Rounds.start` goes on from one.
 """
@@ -25,6 +28,7 @@ class Phase(StrEnum):
 
     WAITING = "waiting"
     OPEN = "open"
+    UNMASKING = "unmasking"
     FOLDING = "folding"
     EVALUATING = "evaluating"
     FINISHED = "finished"
@@ -62,6 +66,22 @@ class AgentOut:
 
 
 @dataclass(frozen=True, slots=True)
+class Unmasked:
+    """All that it takes to read the sum of the masked updates is on disk."""
+
+
+@dataclass(frozen=True, slots=True)
+class SumFailed:
+    """The present attempt at a masked sum came to nothing.
+
+    Attributes:
+        asked: Whether devices were asked to open it. Each opens one sum of a round at most.
+    """
+
+    asked: bool
+
+
+@dataclass(frozen=True, slots=True)
 class Folded:
     """The new global model is on disk."""
 
@@ -82,7 +102,9 @@ class Tick:
     """Time has passed."""
 
 
-Event = AgentOnline | AgentOffline | UpdateStored | AgentOut | Folded | Evaluated | Tick
+Event = (
+    AgentOnline | AgentOffline | UpdateStored | AgentOut | Unmasked | SumFailed | Folded | Evaluated | Tick
+)
 
 # --- commands -------------------------------------------------------------------------------------------------
 
@@ -102,6 +124,21 @@ class OpenRound:
     attempt: int
     cohort: tuple[str, ...]
     deadline_s: float
+
+
+@dataclass(frozen=True, slots=True)
+class Unmask:
+    """Have the sum of these agents' masked updates opened."""
+
+    round: int
+    agents: tuple[str, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Skip:
+    """Close the round with the model as it was: its sum cannot be had any more."""
+
+    round: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -145,9 +182,22 @@ class Finish:
     reason: str
 
 
-Command = OpenRound | Fold | Evaluate | Wait | Finish
+Command = OpenRound | Unmask | Skip | Fold | Evaluate | Wait | Finish
 
 # --- the machine ----------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class Masked:
+    """What secure aggregation asks of the rounds.
+
+    Attributes:
+        min_agents: Least devices whose sum may be learned.
+        dropouts: Share of a cohort that may vanish.
+    """
+
+    min_agents: int
+    dropouts: float
 
 
 @dataclass(frozen=True, slots=True)
@@ -159,7 +209,7 @@ class RoundRecord:
         attempt: The last announced.
         cohort: Invited agents.
         delivered: Agents whose update is on disk.
-        folding: True when the round had already been closed to further updates.
+        phase: OPEN, or UNMASKING or FOLDING when the round had already been closed to further updates.
         remaining_s: Seconds to its deadline; at least a grace is given.
     """
 
@@ -167,7 +217,7 @@ class RoundRecord:
     attempt: int
     cohort: tuple[str, ...]
     delivered: tuple[str, ...]
-    folding: bool
+    phase: Phase
     remaining_s: float
 
 
@@ -180,12 +230,14 @@ class Rounds:
         seed: Of the cohort draws.
         round: The last closed round; 0 for a new run.
         accuracies: Hold-out accuracies of the closed rounds so far, for the stopping rules.
+        masked: Set under secure aggregation.
     """
 
     config: RoundsConfig
     seed: int = 0
     round: int = 0
     accuracies: list[float] = field(default_factory=list)
+    masked: Masked | None = None
     phase: Phase = Phase.WAITING
     attempt: int = 0
     cohort: tuple[str, ...] = ()
@@ -224,11 +276,11 @@ class Rounds:
         self._deadline = now + remaining
         # Nobody has announced itself to this process yet: each member gets its grace from now.
         self._offline_since = dict.fromkeys(record.cohort, now)
-        if record.folding:
+        if record.phase is Phase.FOLDING:
             return self._fold()
         self.phase = Phase.OPEN
         reopened = OpenRound(self.round, self.attempt, self.cohort, remaining)
-        return [reopened, *self._settle(now)]
+        return [reopened, *(self._close() if record.phase is Phase.UNMASKING else self._settle(now))]
 
     def handle(self, event: Event, now: float) -> list[Command]:
         """Take one event.
@@ -254,13 +306,8 @@ class Rounds:
                 self.delivered.add(agent)
             case AgentOut(agent) if self.phase is Phase.OPEN and agent in self.cohort:
                 self.out.add(agent)
-            case Folded() if self.phase is Phase.FOLDING:
-                self.phase = Phase.EVALUATING
-                return [Evaluate(self.round)]
-            case Evaluated(accuracy) if self.phase is Phase.EVALUATING:
-                if accuracy is not None:
-                    self.accuracies.append(accuracy)
-                return self._next(now)
+            case Unmasked() | SumFailed() | Folded() | Evaluated():
+                return self._worked(event, now)
             case _:
                 pass
         match self.phase:
@@ -294,7 +341,10 @@ class Rounds:
     @property
     def quorum(self) -> int:
         """Updates without which the open round is not closed."""
-        return quorum_of(self.wanted, self.config.quorum, self.config.min_agents)
+        least = quorum_of(self.wanted, self.config.quorum, self.config.min_agents)
+        if self.masked is None:
+            return least
+        return max(least, self.masked.min_agents, quorum_of(self.wanted, 1 - self.masked.dropouts, 1))
 
     def _pending(self) -> Iterable[str]:
         return (agent for agent in self.cohort if agent not in self.delivered and agent not in self.out)
@@ -302,6 +352,23 @@ class Rounds:
     def _gone(self, agent: str, now: float) -> bool:
         since = self._offline_since.get(agent)
         return since is not None and now >= since + self.config.grace_s
+
+    def _worked(self, event: Unmasked | SumFailed | Folded | Evaluated, now: float) -> list[Command]:
+        """Go on after what the server does by itself, if that is what this phase waits for."""
+        match event:
+            case Unmasked() if self.phase is Phase.UNMASKING:
+                return self._fold()
+            case SumFailed(asked) if self.phase in (Phase.OPEN, Phase.UNMASKING):
+                return self._sum_failed(now, asked=asked)
+            case Folded() if self.phase is Phase.FOLDING:
+                self.phase = Phase.EVALUATING
+                return [Evaluate(self.round)]
+            case Evaluated(accuracy) if self.phase is Phase.EVALUATING:
+                if accuracy is not None:
+                    self.accuracies.append(accuracy)
+                return self._next(now)
+            case _:
+                return []
 
     def _gather(self, now: float) -> list[Command]:
         if len(self.online) < self.config.min_agents:
@@ -326,13 +393,13 @@ class Rounds:
 
     def _settle(self, now: float) -> list[Command]:
         """Decide whether the open round is complete, over, or to be extended."""
-        if len(self.delivered) >= self.wanted:
-            return self._fold()
+        if len(self.delivered) >= max(self.wanted, self.quorum):
+            return self._close()
         waiting = any(not self._gone(agent, now) for agent in self._pending())
         if waiting and now < self._deadline:
             return []
         if len(self.delivered) >= self.quorum:
-            return self._fold()
+            return self._close()
         if now < self._deadline and not self._replacements():
             return []
         return self._extend(now)
@@ -344,10 +411,12 @@ class Rounds:
         """Give the round another deadline, replace who has vanished, and give those who were out a new chance.
 
         Vanished members stay in the cohort, so that one that comes back still counts; but as long as enough others
-        are left, the round is not held up for them any more.
+        are left, the round is not held up for them any more. Masked updates of an attempt are of no use in another.
         """
         self.attempt += 1
         self.out = set()
+        if self.masked is not None:
+            self.delivered = set()
         gone = {agent for agent in self._pending() if self._gone(agent, now)}
         size = invitations(self.config.cohort_size, self.config.over_selection) or MAX_COHORT
         room = min(size - (len(self.cohort) - len(gone)), MAX_COHORT - len(self.cohort))
@@ -358,7 +427,25 @@ class Rounds:
         self.excused = gone if len(self.cohort) - len(gone) >= self.config.min_agents else set()
         self._deadline = now + self.config.deadline_s
         again = OpenRound(self.round, self.attempt, self.cohort, self.config.deadline_s)
-        return self._fold() if len(self.delivered) >= self.wanted else [again]
+        return self._close() if len(self.delivered) >= max(self.wanted, self.quorum) else [again]
+
+    def _sum_failed(self, now: float, *, asked: bool) -> list[Command]:
+        if asked:
+            self.phase = Phase.FOLDING
+            return [Skip(self.round)]
+        if self.phase is Phase.UNMASKING:
+            self.phase = Phase.OPEN
+            return self._extend(now)
+        # Those who were silent get a grace before all begin anew.
+        self.out = set(self.cohort)
+        self._deadline = min(self._deadline, now + self.config.grace_s)
+        return []
+
+    def _close(self) -> list[Command]:
+        if self.masked is None:
+            return self._fold()
+        self.phase = Phase.UNMASKING
+        return [Unmask(self.round, tuple(sorted(self.delivered)))]
 
     def _fold(self) -> list[Command]:
         self.phase = Phase.FOLDING

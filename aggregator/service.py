@@ -214,7 +214,7 @@ class Service:
             delivered=len(delivered),
             cohort=len(row.cohort),
         )
-        return RoundRecord(row.round, row.attempt, row.cohort, delivered, row.phase == "folding", remaining)
+        return RoundRecord(row.round, row.attempt, row.cohort, delivered, Phase(row.phase), remaining)
 
     def _prepare_evaluation(self) -> None:
         if self._config.task.holdout:

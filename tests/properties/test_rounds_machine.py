@@ -142,7 +142,7 @@ class Server(RuleBasedStateMachine):
                 self.open.attempt,
                 self.open.cohort,
                 tuple(self.disk),
-                self.closing is not None,
+                Phase.OPEN if self.closing is None else Phase.FOLDING,
                 self.deadline - self.now,
             )
         evaluate_first, self.evaluating = self.evaluating, False
@@ -220,7 +220,9 @@ class Server(RuleBasedStateMachine):
         assert command.round == self.open.round == self.closed + 1, "a round is folded once"
         assert list(command.agents) == sorted(self.disk)
         assert self.disk <= set(self.open.cohort)
-        wanted = min(self.config.cohort_size or len(self.open.cohort), len(self.open.cohort))
+        # An extended round is not held up for members that had vanished.
+        expected = len(self.open.cohort) - len(self.machine.excused)
+        wanted = min(self.config.cohort_size or expected, expected)
         share = round(self.config.quorum * PERCENT)
         assert PERCENT * len(self.disk) >= share * wanted
         assert len(self.disk) >= min(self.config.min_agents, wanted)

@@ -255,7 +255,7 @@ def test_the_run_ends_on_a_plateau() -> None:
 @pytest.mark.parametrize("remaining", [30.0, -5.0])
 def test_a_restart_goes_on_with_the_same_round(remaining: float) -> None:
     machine = rounds()
-    record = RoundRecord(2, 1, ("a", "b", "c"), ("a",), folding=False, remaining_s=remaining)
+    record = RoundRecord(2, 1, ("a", "b", "c"), ("a",), phase=Phase.OPEN, remaining_s=remaining)
     commands = machine.start(1000.0, record)
     grace = 10.0
     assert commands == [OpenRound(2, 1, ("a", "b", "c"), max(grace, remaining))], "time to deliver is left"
@@ -265,20 +265,20 @@ def test_a_restart_goes_on_with_the_same_round(remaining: float) -> None:
 
 def test_a_restart_during_folding_folds_exactly_what_was_closed() -> None:
     machine = rounds()
-    record = RoundRecord(2, 1, ("a", "b", "c"), ("c", "a"), folding=True, remaining_s=50)
+    record = RoundRecord(2, 1, ("a", "b", "c"), ("c", "a"), phase=Phase.FOLDING, remaining_s=50)
     assert machine.start(0.0, record) == [Fold(2, ("a", "c"))]
     assert feed(machine, *stored("b")) == []
 
 
 def test_a_restart_with_everything_delivered_folds_at_once() -> None:
     machine = rounds()
-    record = RoundRecord(2, 1, ("a", "b"), ("a", "b"), folding=False, remaining_s=50)
+    record = RoundRecord(2, 1, ("a", "b"), ("a", "b"), phase=Phase.OPEN, remaining_s=50)
     assert machine.start(0.0, record)[-1] == Fold(2, ("a", "b"))
 
 
 def test_a_restart_gives_silent_members_their_grace() -> None:
     machine = rounds()
-    machine.start(0.0, RoundRecord(1, 1, ("a", "b", "c"), ("a", "b"), folding=False, remaining_s=100))
+    machine.start(0.0, RoundRecord(1, 1, ("a", "b", "c"), ("a", "b"), phase=Phase.OPEN, remaining_s=100))
     assert feed(machine, Tick(), now=9.9) == []
     assert feed(machine, Tick(), now=10.0) == [Fold(1, ("a", "b"))]
 
