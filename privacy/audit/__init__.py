@@ -1,0 +1,1 @@
+"""Attacks on one's own training: what can an attacker really tell? Mathematics only, imports none of the other packages."""
