@@ -8,6 +8,7 @@ from pathlib import Path
 
 import numpy as np
 import structlog
+from numpy.typing import NDArray
 
 from aggregator.admission import Limits, check_update
 from aggregator.records import StoredUpdate, StoredVersion
@@ -117,9 +118,6 @@ class Fold:
     def close(self, updates: Mapping[str, StoredUpdate], strategy: Strategy, down: Down) -> FoldResult:
         """Average exactly ``updates`` into the model of the round before, and write the new version.
 
-        With an encoding for the way down, the new version is what devices make of the encoded delta:
-        ``base + decode(encode(change))``.
-
         Args:
             updates: Accepted updates, by agent.
             strategy: The server step.
@@ -140,18 +138,39 @@ class Fold:
                 " read: check the disk"
             )
         change = strategy.change(self._total.mean())
-        _, base = read_checkpoint(self._store.checkpoint_path(number - 1))
-        if down.encoding == WHOLE:
-            model = {name: (value + change[name]).astype(np.float32) for name, value in base.items()}
-        else:
-            delta = {name: tensor.astype(np.float32) for name, tensor in change.items()}
-            rng = np.random.default_rng([down.seed, number])
-            frame = encode(delta, down.encoding, rng, noise_bounds(base, delta, down.max_noise))
-            model = apply_delta(base, frame, down.encoding)
-            self._store.write_delta(number, frame)
-        path = self._store.write_checkpoint(number, checkpoint_bytes(self._info, model))
-        version = StoredVersion(model_digest(model), down.encoding)
+        path, version = write_version(self._store, self._info, change, down)
         return FoldResult(path, version, time.monotonic() - began, tuple(self._damaged))
+
+
+def write_version(
+    store: Store, info: CheckpointInfo, change: Mapping[str, NDArray[np.float64]], down: Down
+) -> tuple[Path, StoredVersion]:
+    """Make the next version of the global model, and write it durably.
+
+    With an encoding for the way down, the new version is what devices make of the encoded delta:
+    ``base + decode(encode(change))``.
+
+    Args:
+        store: Holds the model of the round before.
+        info: Of the new checkpoint.
+        change: Of the model, by name.
+        down: How the delta is encoded.
+
+    Returns:
+        The checkpoint's file, and what it is.
+    """
+    number = info.round
+    _, base = read_checkpoint(store.checkpoint_path(number - 1))
+    if down.encoding == WHOLE:
+        model = {name: (value + change[name]).astype(np.float32) for name, value in base.items()}
+    else:
+        delta = {name: tensor.astype(np.float32) for name, tensor in change.items()}
+        rng = np.random.default_rng([down.seed, number])
+        frame = encode(delta, down.encoding, rng, noise_bounds(base, delta, down.max_noise))
+        model = apply_delta(base, frame, down.encoding)
+        store.write_delta(number, frame)
+    path = store.write_checkpoint(number, checkpoint_bytes(info, model))
+    return path, StoredVersion(model_digest(model), down.encoding)
 
 
 class Evaluator:

@@ -30,6 +30,10 @@ class Purpose(StrEnum):
     PLAN = "plan"
     AGENT = "agent-message"
     RECEIPT = "receipt"
+    MASKING = "masking"
+    MASKING_KEYS = "masking-keys"
+    MASKING_AGREEMENT = "masking-agreement"
+    MASKING_DOWN = "masking-down"
 
 
 class Envelope(Wire, frozen=True):

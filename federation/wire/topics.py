@@ -21,7 +21,7 @@ class AgentTopic:
 
     Attributes:
         agent: The agent whose branch it is.
-        kind: ``state``, ``telemetry``, ``offer``, ``chunk``, ``credit`` or ``receipt``.
+        kind: ``state``, ``telemetry``, ``offer``, ``masking up``, ``chunk``, ``credit``, ``receipt`` or ``masking down``.
         sha256: Of the object, for a chunk.
         index: Of the chunk.
     """
@@ -72,6 +72,14 @@ class Topics:
         """Signed messages of an agent: offers and declines."""
         return f"{self.prefix}/agent/{agent}/up/offer"
 
+    def masking_up(self, agent: str) -> str:
+        """Signed messages of an agent about masks."""
+        return f"{self.prefix}/agent/{agent}/up/secagg"
+
+    def masking_down(self, agent: str) -> str:
+        """The aggregator's signed messages to an agent about masks."""
+        return f"{self.prefix}/agent/{agent}/down/secagg"
+
     def upload_chunk(self, agent: str, sha256: str, index: int) -> str:
         """Chunk ``index`` of an object that an agent uploads."""
         return f"{self.prefix}/agent/{agent}/up/{sha256}/{index}"
@@ -102,6 +110,8 @@ class Topics:
                 return AgentTopic(agent, kind)
             case [agent, "up", "offer"] if is_name(agent):
                 return AgentTopic(agent, "offer")
+            case [agent, ("up" | "down") as way, "secagg"] if is_name(agent):
+                return AgentTopic(agent, f"masking {way}")
             case [agent, "down", ("credit" | "receipt") as kind] if is_name(agent):
                 return AgentTopic(agent, kind)
             case [agent, "up", sha256, index] if (
