@@ -8,7 +8,7 @@ from numpy.typing import NDArray
 
 from aggregator.summation import OrderFreeSum
 
-Arrays = Mapping[str, NDArray[np.float32]]
+Arrays = Mapping[str, NDArray[np.float32]] | Mapping[str, NDArray[np.float64]]
 
 
 class Accumulator:
@@ -30,7 +30,7 @@ class Accumulator:
         """Add ``weight * delta``.
 
         Args:
-            delta: float32 arrays of the schema's names and shapes, finite.
+            delta: float32 or float64 arrays of the schema's names and shapes, finite.
             weight: A whole number greater than 0 (their sum must not depend on the order either); FedAvg takes the
                 number of samples.
         """
@@ -39,18 +39,21 @@ class Accumulator:
         self._weight += weight
         self.count += 1
 
+    def sums(self) -> dict[str, NDArray[np.float64]]:
+        """``sum(w_i * delta_i)``, float64; zeros if nothing was added. They are given free: the accumulator is spent."""
+        return {name: self._sums.pop(name).value() for name in list(self._sums)}
+
     def mean(self) -> dict[str, NDArray[np.float64]]:
-        """The weighted mean ``sum(w_i * delta_i) / sum(w_i)``, float64. The sums are given free: the accumulator is spent.
+        """The weighted mean ``sum(w_i * delta_i) / sum(w_i)``, float64. The accumulator is spent.
 
         Raises:
             ValueError: If nothing was added.
         """
         if not self.count:
             raise ValueError("the mean of no updates")
-        means = {}
-        for name in list(self._sums):
-            means[name] = self._sums.pop(name).value()
-            means[name] /= self._weight
+        means = self.sums()
+        for total in means.values():
+            np.divide(total, self._weight, out=total)
         return means
 
 

@@ -43,11 +43,11 @@ class OrderFreeSum:
         self._high = np.zeros(0)
         self._low = np.zeros(0)
 
-    def add(self, values: NDArray[np.float32], weight: float) -> None:
+    def add(self, values: NDArray[np.float32] | NDArray[np.float64], weight: float) -> None:
         """Add ``weight * values``, each product rounded once to float64; at most ``MAX_COHORT`` times.
 
         Args:
-            values: Finite, of the shape.
+            values: Finite, of the shape; float32 or float64.
             weight: Finite.
         """
         flat = values.reshape(-1)

@@ -88,14 +88,15 @@ def draw(shape: tuple[int, ...], std: float) -> NDArray[np.float64]:
     return out
 
 
-def grid_step(std: float) -> float:
-    """The power of two to whose multiples noisy values are rounded: ``2^(floor(log2 std) - 20)``.
+def grid_step(scale: float, bits: int = _GRID_BITS) -> float:
+    """The power of two to whose multiples noisy values are rounded: ``2^(floor(log2 scale) - bits)``.
 
     Args:
-        std: Of the noise, greater than 0.
+        scale: The noise's standard deviation, or another measure of what is rounded; greater than 0.
+        bits: Steps in the scale, as a power of two.
     """
-    _, exponent = math.frexp(std)
-    return math.ldexp(1.0, exponent - 1 - _GRID_BITS)
+    _, exponent = math.frexp(scale)
+    return math.ldexp(1.0, exponent - 1 - bits)
 
 
 def add(values: Floats, std: float) -> None:
