@@ -14,9 +14,10 @@ Time is monotonic seconds. Everything that must survive a restart is in :class:`
 :meth:`Rounds.start` goes on from one.
 """
 
-from collections.abc import Collection, Iterable
+from collections.abc import Callable, Collection, Iterable
 from dataclasses import dataclass, field
 from enum import StrEnum
+from functools import partial
 
 from aggregator.cohort import invitations, quorum_of, sample_cohort
 from aggregator.config import RoundsConfig
@@ -201,6 +202,24 @@ class Masked:
 
 
 @dataclass(frozen=True, slots=True)
+class Budget:
+    """What the privacy budget of the run pays for.
+
+    Attributes:
+        last_round: The run ends with it, however many rounds are wanted.
+        reason: For people.
+    """
+
+    last_round: int
+    reason: str
+
+
+LAST_DRAWN_ATTEMPT = 2
+"""A cohort of a secret draw has no replacements: after a second deadline the round is closed with what has come, be it
+nothing, and those that are missing count as updates of zero."""
+
+
+@dataclass(frozen=True, slots=True)
 class RoundRecord:
     """What the store knows of a round that was in progress when the aggregator stopped.
 
@@ -231,6 +250,9 @@ class Rounds:
         round: The last closed round; 0 for a new run.
         accuracies: Hold-out accuracies of the closed rounds so far, for the stopping rules.
         masked: Set under secure aggregation.
+        draw: Makes a cohort of those who are online, perhaps an empty one, instead of the settings: client-level privacy
+            amplified by sampling (``aggregator.cohort.draw_secretly``).
+        budget: None where no privacy budget ends the run.
     """
 
     config: RoundsConfig
@@ -238,6 +260,8 @@ class Rounds:
     round: int = 0
     accuracies: list[float] = field(default_factory=list)
     masked: Masked | None = None
+    draw: Callable[[Collection[str]], tuple[str, ...]] | None = None
+    budget: Budget | None = None
     phase: Phase = Phase.WAITING
     attempt: int = 0
     cohort: tuple[str, ...] = ()
@@ -341,6 +365,8 @@ class Rounds:
     @property
     def quorum(self) -> int:
         """Updates without which the open round is not closed."""
+        if self.draw is not None:
+            return min(len(self.cohort), quorum_of(self.wanted, self.config.quorum, 1))
         least = quorum_of(self.wanted, self.config.quorum, self.config.min_agents)
         if self.masked is None:
             return least
@@ -386,10 +412,12 @@ class Rounds:
         self.attempt = 1
         self.delivered, self.out, self.excused = set(), set(), set()
         size = invitations(self.config.cohort_size, self.config.over_selection) or len(self.online)
-        self.cohort = sample_cohort(self.online, size, seed=self.seed, round_number=self.round)
+        draw = self.draw or partial(sample_cohort, size=size, seed=self.seed, round_number=self.round)
+        self.cohort = draw(self.online)
         self.phase = Phase.OPEN
         self._deadline = now + self.config.deadline_s
-        return [OpenRound(self.round, self.attempt, self.cohort, self.config.deadline_s)]
+        opened = OpenRound(self.round, self.attempt, self.cohort, self.config.deadline_s)
+        return [opened] if self.cohort else [opened, *self._close()]
 
     def _settle(self, now: float) -> list[Command]:
         """Decide whether the open round is complete, over, or to be extended."""
@@ -402,10 +430,12 @@ class Rounds:
             return self._close()
         if now < self._deadline and not self._replacements():
             return []
+        if self.draw is not None and self.attempt >= LAST_DRAWN_ATTEMPT:
+            return self._close()
         return self._extend(now)
 
     def _replacements(self) -> Collection[str]:
-        return self.online - set(self.cohort)
+        return self.online - set(self.cohort) if self.draw is None else ()
 
     def _extend(self, now: float) -> list[Command]:
         """Give the round another deadline, replace who has vanished, and give those who were out a new chance.
@@ -424,7 +454,8 @@ class Rounds:
             self._replacements(), max(0, room), seed=self.seed + self.attempt, round_number=self.round
         )
         self.cohort = tuple(sorted({*self.cohort, *invited}))
-        self.excused = gone if len(self.cohort) - len(gone) >= self.config.min_agents else set()
+        enough = self.draw is None and len(self.cohort) - len(gone) >= self.config.min_agents
+        self.excused = gone if enough else set()
         self._deadline = now + self.config.deadline_s
         again = OpenRound(self.round, self.attempt, self.cohort, self.config.deadline_s)
         return self._close() if len(self.delivered) >= max(self.wanted, self.quorum) else [again]
@@ -472,4 +503,6 @@ class Rounds:
             return f"no better accuracy than {best:.2%} in {patience} rounds"
         if self.round >= self.config.count:
             return f"all {self.config.count} rounds done"
+        if self.budget is not None and self.round >= self.budget.last_round:
+            return self.budget.reason
         return ""
