@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from federation.errors import ConfigError
+from federation.task.dp_ready import make_dp_ready
 from federation.task.names import did_you_mean, is_plugin, load_plugin
 from federation.task.vision import import_torchvision
 from federation.wire.messages import TaskSpec
@@ -58,6 +59,8 @@ def build(task: TaskSpec, *, seed: int = 0) -> nn.Module:
         else:
             model = _torchvision(task)
         _probe(model, task)
+        if task.dp_ready:
+            model = make_dp_ready(model, task)
     return model.train()
 
 
