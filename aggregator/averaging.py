@@ -5,11 +5,14 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 
 from aggregator.folding import Down, Fold, FoldResult
+from aggregator.masked_sum import MaskedFold, Masking
 from aggregator.store import Store
 from aggregator.strategies import Strategy
 from federation.task.checkpoint import CheckpointInfo, read_checkpoint
 from federation.wire.codec import Schema, schema_of
-from federation.wire.messages import TaskSpec
+from federation.wire.masking import scale_of
+from federation.wire.messages import RoundPlan, TaskSpec
+from privacy.secagg.unmask import UnmaskPlan
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,6 +46,7 @@ class Averaging:
         # One thread: updates are added one after the other, and never while they are averaged.
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="averaging")
         self._fold: Fold | None = None
+        self._masked: MaskedFold | None = None
         self._schema: Schema | None = None
 
     def schema(self, number: int) -> Schema:
@@ -53,8 +57,38 @@ class Averaging:
 
     def add(self, number: int, agent: str, encoding: str) -> None:
         """Add an update of the round that is accepted and on disk; once, however often it is called."""
-        fold, update = self._of_round(number, encoding), self._store.updates(number)[agent]
+        fold, update = self._masked or self._of_round(number, encoding), self._store.updates(number)[agent]
         self._submit(lambda: fold.add(update))
+
+    def mask(self, plan: RoundPlan) -> Masking:
+        """From now on updates are masked ones of this attempt; those of others are of no use any more.
+
+        Args:
+            plan: With terms of secure aggregation.
+
+        Returns:
+            How its updates are integers.
+        """
+        terms = plan.privacy.secagg
+        assert terms is not None
+        if self._masked is not None:
+            self._masked.abandoned = True
+        masking = Masking(plan.attempt, scale_of(plan, self.schema(plan.round)), terms.rotation_seed)
+        self._masked = MaskedFold(self._store, self._info(plan.round), masking)
+        return masking
+
+    def unmask(self, number: int, plan: UnmaskPlan) -> None:
+        """Take the masks off the sum, and make the next version of the global model."""
+        fold, self._masked = self._masked, None
+        assert fold is not None
+        updates = self._store.updates(number)
+        self._submit(lambda: Averaged(number, fold.close(updates, plan, self._strategy, self._down)))
+
+    def skip(self, number: int) -> None:
+        """Make the model as it was the next version: the sum cannot be had."""
+        fold, self._masked = self._masked, None
+        assert fold is not None
+        self._submit(lambda: Averaged(number, fold.skip(self._down)))
 
     def close(self, number: int, agents: tuple[str, ...], encoding: str) -> None:
         """Average the updates of ``agents``, and make the next version of the global model."""
@@ -69,9 +103,11 @@ class Averaging:
 
     def _of_round(self, number: int, encoding: str) -> Fold:
         if self._fold is None or self._fold.round != number:
-            info = CheckpointInfo(federation=self._store.federation, round=number, task=self._task)
-            self._fold = Fold(self._store, info, self.schema(number), encoding)
+            self._fold = Fold(self._store, self._info(number), self.schema(number), encoding)
         return self._fold
+
+    def _info(self, number: int) -> CheckpointInfo:
+        return CheckpointInfo(federation=self._store.federation, round=number, task=self._task)
 
     def _submit(self, work: Callable[[], Averaged | None]) -> None:
         def hand_back(done: Future[Averaged | None]) -> None:

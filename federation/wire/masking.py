@@ -179,6 +179,24 @@ def unseal_up(data: bytes, *, federation: str, sender: str, key: Ed25519PublicKe
     )
 
 
+def body_up(data: bytes) -> UpMessage:
+    """Parse a device's message that was verified before.
+
+    Args:
+        data: The envelope.
+
+    Raises:
+        PeerError: ``malformed``.
+    """
+    envelope = decode_msgpack(data, Envelope)
+    return decode_msgpack(envelope.body, cast("type[UpMessage]", _KINDS_UP[envelope.purpose]))
+
+
+def masking_context(federation: str, plan: RoundPlan) -> tuple[str | int, ...]:
+    """What all keys, masks, shares and signatures of one attempt are bound to, in this order."""
+    return federation, plan.run, plan.round, plan.attempt, plan.base, plan.up_encoding
+
+
 def masked_encoding(modulus_bits: int) -> str:
     """What a plan names for masked updates: each value a little-endian integer of so many bits, and nothing else."""
     return f"{MASKED}:{modulus_bits}"
