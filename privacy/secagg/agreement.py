@@ -9,6 +9,8 @@ KEY_BYTES = 32
 """A raw X25519 key, public or private."""
 
 SEED_BYTES = 32
+LEAST_AGENTS = 2
+MOST_DROPOUTS = 0.5
 _DOMAIN = b"fedge/secagg/1/"
 
 
@@ -19,10 +21,28 @@ class Terms:
     Attributes:
         min_agents: Least devices whose sum may be learned; at least 2.
         dropouts: Share of the cohort, 0 to 0.5, that may vanish at any step.
+        colluders: Share of the cohort that may conspire with the aggregator; counts where the cohort is too large for
+            everybody to be everybody's neighbour (``graph.py``).
+
+    Raises:
+        ValueError: If one of them is out of its range.
     """
 
     min_agents: int
     dropouts: float
+    colluders: float = 0.05
+
+    def __post_init__(self) -> None:
+        if self.min_agents < LEAST_AGENTS:
+            raise ValueError(
+                f"min_agents is {self.min_agents}: the sum of one device is that device's vector"
+            )
+        if not 0 <= self.dropouts <= MOST_DROPOUTS:
+            raise ValueError(
+                f"dropouts is {self.dropouts}, not between 0 and {MOST_DROPOUTS}: more than half must stay"
+            )
+        if not 0 <= self.colluders < 1:
+            raise ValueError(f"colluders is {self.colluders}, not between 0 and 1")
 
 
 @dataclass(frozen=True, slots=True)
