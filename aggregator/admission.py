@@ -12,6 +12,7 @@ import numpy as np
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PublicKey
 from numpy.typing import NDArray
 
+from aggregator.masking import Masking
 from federation.errors import PeerError, Rejection
 from federation.wire.codec import Schema, decode, max_encoded_bytes
 from federation.wire.messages import AgentMessage, Decline, UpdateOffer
@@ -36,6 +37,7 @@ class OpenRound:
         upload_chunk_bytes: Largest chunk.
         schema: Tensor name -> shape of the model.
         accepted: Agent -> SHA-256 of its accepted update.
+        masking: Set where updates are masked: only those of its attempt count, and their length is exact.
     """
 
     run: str
@@ -47,6 +49,7 @@ class OpenRound:
     upload_chunk_bytes: int
     schema: Schema
     accepted: Mapping[str, str] = field(default_factory=dict)
+    masking: Masking | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -141,7 +144,8 @@ def check_offer(offer: UpdateOffer, agent: str, state: OpenRound, limits: Limits
         )
     if offer.encoding != state.encoding:
         raise PeerError(Rejection.WRONG_ENCODING, f"{offer.encoding!r}, this round's is {state.encoding!r}")
-    bound = max_encoded_bytes(state.schema, state.encoding)
+    masking = state.masking
+    bound = max_encoded_bytes(state.schema, state.encoding) if masking is None else masking.bytes
     if offer.object.length > bound:
         raise PeerError(
             Rejection.WRONG_LENGTH,

@@ -84,10 +84,12 @@ class Announcements:
         """Publish a plan once the broker holds its model: an agent that asks too early waits for a retry."""
         self._held = plan
 
-    def model_present(self, version: str, link: LinkLike, now: float) -> None:
-        """The broker holds all that leads to this version of the model."""
-        if self._held is not None and self._held.base == version:
-            self.plan(self._held, link, now)
+    def model_present(self, version: str, link: LinkLike, now: float) -> bool:
+        """The broker holds all that leads to this version of the model. Returns whether that let a plan out."""
+        if self._held is None or self._held.base != version:
+            return False
+        self.plan(self._held, link, now)
+        return True
 
     def last_words(self) -> list[tuple[str, bytes, int, bool]]:
         """What to publish before the link is closed."""

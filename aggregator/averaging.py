@@ -5,7 +5,8 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 
 from aggregator.folding import Down, Fold, FoldResult
-from aggregator.masked_sum import MaskedFold, Masking
+from aggregator.masked_sum import MaskedFold
+from aggregator.masking import Masking
 from aggregator.store import Store
 from aggregator.strategies import Strategy
 from federation.task.checkpoint import CheckpointInfo, read_checkpoint

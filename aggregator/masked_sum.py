@@ -2,7 +2,7 @@
 
 import time
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -10,13 +10,13 @@ import structlog
 from numpy.typing import NDArray
 
 from aggregator.folding import Down, FoldResult, write_version
+from aggregator.masking import Masking
 from aggregator.records import StoredUpdate
 from aggregator.store import Store, move_durably
 from aggregator.strategies import Strategy
 from federation.errors import PeerError, Rejection
 from federation.task.checkpoint import CheckpointInfo, read_checkpoint
 from federation.wire.objects import PartialObject
-from federation.wire.shared_scale import SharedScale
 from privacy.secagg.unmask import MaskedSum, UnmaskPlan
 
 log = structlog.get_logger()
@@ -25,26 +25,6 @@ _VARIANCE = "running_var"
 _LEAST_VARIANCE = 0.1
 """Of a running variance that is left after a round at least: on the common scale a small one could become negative, and
 its square root NaN. Honest ones shrink so fast where a channel dies, and take another round then."""
-
-
-@dataclass(frozen=True, slots=True)
-class Masking:
-    """How the updates of an attempt became integers.
-
-    Attributes:
-        attempt: Of the plan.
-        scale: Common to all.
-        seed: Of the rotations.
-    """
-
-    attempt: int
-    scale: SharedScale
-    seed: bytes
-
-    @property
-    def bytes(self) -> int:
-        """Of a masked update, exactly."""
-        return self.scale.size * self.scale.dtype.itemsize
 
 
 def keep_masked(partial: PartialObject, target: Path, masking: Masking) -> None:

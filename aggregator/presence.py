@@ -8,7 +8,6 @@ from aggregator.rounds import AgentOffline, AgentOnline, Event
 from aggregator.store import Store
 from aggregator.traffic import TrafficLog
 from federation.errors import PeerError
-from federation.wire.encodings import encoding_named
 from federation.wire.messages import AgentState, RoundTraffic, Telemetry, decode_json
 
 log = structlog.get_logger()
@@ -39,7 +38,7 @@ class Presence:
     ) -> None:
         self._store, self._enrolled = store, enrolled
         self._on_gone, self._on_back = on_gone, on_back
-        self._family = encoding_named(encoding).name
+        self._family = encoding.partition(":")[0]
         self._sessions: dict[str, str] = {}
         # By agent: the last session whose death was heard over the present connection.
         self._died: dict[str, str] = {}

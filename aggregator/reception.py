@@ -3,12 +3,14 @@
 from collections.abc import Callable
 from concurrent.futures import Executor, Future
 from dataclasses import dataclass, replace
+from functools import partial
 
 import structlog
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey, Ed25519PublicKey
 
 from aggregator.admission import Limits, OpenRound, check_offer, check_round, open_message
 from aggregator.folding import keep_update
+from aggregator.masked_sum import keep_masked
 from aggregator.rounds import AgentOut, Event, UpdateStored
 from aggregator.store import Store
 from federation.errors import PeerError, Rejection, TransportError
@@ -65,6 +67,7 @@ class Reception:
         limits: Bounds on an update.
         executor: Where complete uploads are checked.
         post: Hands a :class:`Checked` back to the loop, from any thread.
+        members: Who may deliver in a masked round.
         credit_bytes: What all agents together are asked for at once.
     """
 
@@ -79,11 +82,12 @@ class Reception:
         limits: Limits,
         executor: Executor,
         post: Callable[[Checked], None],
+        members: Callable[[], frozenset[str]] = frozenset,
         credit_bytes: int = CREDIT_BYTES,
     ) -> None:
         self._link, self._topics, self._store = link, topics, store
         self._key, self._key_of, self._limits = key, key_of, limits
-        self._executor, self._post = executor, post
+        self._executor, self._post, self._members = executor, post, members
         self._credits = CreditScheduler(credit_bytes=credit_bytes)
         self._uploads: dict[str, _Upload] = {}
         self._checking: dict[str, str] = {}
@@ -161,6 +165,9 @@ class Reception:
     def _offer(self, offer: UpdateOffer, agent: str, now: float) -> list[Event]:
         if self._state is None or self._checking.get(agent) == offer.object.sha256:
             return []  # nothing is known of it yet: the agent offers again
+        if not self._counts(offer, agent):
+            log.debug("offer_ignored", agent=agent, round=offer.round, attempt=offer.attempt)
+            return []
         try:
             if check_offer(offer, agent, self._require_state(), self._limits):
                 self._receipt(agent, offer)
@@ -177,6 +184,15 @@ class Reception:
             upload = self._uploads[agent] = _Upload(offer, PartialObject(path, offer.object))
         self._carry_out(self._credits.offer(agent, offer.object, upload.partial.have, now))
         return []
+
+    def _counts(self, offer: UpdateOffer, agent: str) -> bool:
+        """Whether a masked update may count: one of another attempt is of no use, and no fault of who offers it."""
+        state = self._require_state()
+        if state.masking is None or (offer.run, offer.round) != (state.run, state.round) or not state.open:
+            return True
+        return offer.attempt == state.masking.attempt and (
+            agent in self._members() or state.accepted.get(agent) == offer.object.sha256
+        )
 
     def chunk(self, agent: str, sha256: str, index: int, payload: bytes, now: float) -> None:
         """Take a chunk; one that was not asked for is dropped unread."""
@@ -208,6 +224,8 @@ class Reception:
         ) as error:  # the round was closed, or another one opened, while this was being checked
             self._refuse(agent, offer, error, now)
             return []
+        if not self._counts(offer, agent):
+            return []
         if result.error is not None:
             raise result.error
         self._store.record_update(offer.round, agent, offer)
@@ -237,9 +255,12 @@ class Reception:
         offer, state = upload.offer, self._require_state()
         self._checking[agent] = offer.object.sha256
         target = self._store.update_path(offer.round, agent)
-        future = self._executor.submit(
-            keep_update, upload.partial, target, state.schema, state.encoding, self._limits
+        work = (
+            partial(keep_update, upload.partial, target, state.schema, state.encoding, self._limits)
+            if state.masking is None
+            else partial(keep_masked, upload.partial, target, state.masking)
         )
+        future = self._executor.submit(work)
 
         def hand_back(done: Future[None]) -> None:
             self._post(Checked(agent, offer, done.exception()))

@@ -5,7 +5,8 @@ back. So every decision is taken in one thread, in one order.
 """
 
 import time
-from collections.abc import Callable
+from collections import deque
+from collections.abc import Callable, Iterable
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 
@@ -17,10 +18,12 @@ from aggregator.averaging import Averaged, Averaging
 from aggregator.config import AggregatorConfig
 from aggregator.enrolment import Enrolment
 from aggregator.folding import Down, Evaluator, FoldResult
+from aggregator.plans import Plans
 from aggregator.presence import Presence
-from aggregator.promises import terms_of
 from aggregator.reception import Checked, Reception
 from aggregator.rounds import (
+    AgentOffline,
+    AgentOut,
     Command,
     Evaluate,
     Evaluated,
@@ -30,12 +33,15 @@ from aggregator.rounds import (
     Phase,
     RoundRecord,
     Rounds,
+    Skip,
     Tick,
+    Unmask,
     UpdateStored,
     Wait,
 )
 from aggregator.rounds import Fold as FoldCommand
 from aggregator.rounds import OpenRound as OpenCommand
+from aggregator.secure_round import SecureRounds
 from aggregator.seeding import Seeder
 from aggregator.store import Store
 from aggregator.strategies import FedAvg
@@ -58,7 +64,6 @@ from federation.wire.link import (
 )
 from federation.wire.messages import (
     IdlePlan,
-    RoundPlan,
     TaskSpec,
 )
 from federation.wire.topics import Topics
@@ -125,6 +130,15 @@ class Service:
             self._inbox.post,
         )
         self._versions = Versions(store, config.keep_deltas)
+        self._secure = SecureRounds(
+            link=self._link,
+            topics=self._topics,
+            store=store,
+            key=enrolment.aggregator_key(),
+            key_of=enrolment.key_of,
+            phase_s=config.privacy.secagg.phase_s,
+        )
+        self._plans = Plans(config, task, store, self._versions, self._secure)
         self._reception = Reception(
             link=self._link,
             topics=self._topics,
@@ -134,14 +148,15 @@ class Service:
             limits=Limits(max_samples=config.rounds.max_samples, max_norm=config.rounds.max_update_norm),
             executor=self._executor,
             post=self._inbox.post,
+            members=lambda: self._secure.members,
             credit_bytes=config.broker.credit_bytes,
         )
         self._presence = Presence(
             store=store,
             enrolled=lambda agent: enrolment.key_of(agent) is not None,
-            encoding=config.up_encoding,
+            encoding=self._plans.encoding,
             on_gone=self._reception.gone,
-            on_back=self._reception.back,
+            on_back=self._back,
         )
         self._seeder = Seeder(
             self._link, self._topics, store, lambda version: self._inbox.post(_ModelPresent(version))
@@ -156,9 +171,10 @@ class Service:
             seed=config.train.seed,
             round=closed[-1].round if closed else 0,
             accuracies=[row.accuracy for row in closed if row.accuracy is not None],
+            masked=self._plans.masked,
         )
         self._interrupted = past[-1] if past and past[-1].phase != "closed" else None
-        self._encoding = config.up_encoding
+        self._encoding = self._plans.encoding
         self._unevaluated = bool(config.task.holdout and closed and closed[-1].accuracy is None)
 
     # --- life -----------------------------------------------------------------------------------------------------
@@ -180,7 +196,7 @@ class Service:
             self._link.wait_connected(self._config.broker.connect_timeout_s)
             self._prepare_evaluation()
             start = self._rounds.start(time.monotonic(), self._record(), evaluate_first=self._unevaluated)
-            self._act(start)
+            self._feed(self._act(start, time.monotonic()), time.monotonic())
             while not self._stopping and self._rounds.phase is not Phase.FINISHED:
                 self._turn()
             self._hear_accounts()
@@ -206,7 +222,7 @@ class Service:
         # The wall clock may have been set since: never wait longer than a whole deadline.
         remaining = min(row.deadline_at - time.time(), self._config.rounds.deadline_s)
         # Its updates, here and on the devices, are in the encoding that it was opened with.
-        self._encoding = row.encoding
+        self._encoding = self._plans.resume(row)
         log.info(
             "round_resumed",
             round=row.round,
@@ -228,7 +244,11 @@ class Service:
         due = [
             self._announced.due,
             self._watch.due,
-            *(at for at in (self._rounds.next_wakeup(), self._reception.next_wakeup()) if at is not None),
+            *(
+                at
+                for room in (self._rounds, self._reception, self._secure)
+                if (at := room.next_wakeup()) is not None
+            ),
         ]
         item = self._inbox.get(max(0.0, min(due) - now))
         now = time.monotonic()
@@ -236,7 +256,7 @@ class Service:
             self._feed(self._take(item, now), now)
         if item is None or now >= min(due):  # an inbox that is never empty must not stop the clock
             self._reception.tick(now)
-            self._feed([Tick()], now)
+            self._feed([*self._secure.tick(now), Tick()], now)
         if now >= self._announced.due:
             self._announced.refresh(self._link, now)
         if now >= self._watch.due:
@@ -255,11 +275,16 @@ class Service:
             if isinstance(item, Message):
                 self._message(item, time.monotonic())
 
-    def _feed(self, events: list[Event], now: float) -> None:
-        for event in events:
+    def _feed(self, events: Iterable[Event], now: float) -> None:
+        queue = deque(events)
+        while queue:
+            event = queue.popleft()
             if isinstance(event, UpdateStored):
                 self._averaging.add(self._rounds.round, event.agent, self._encoding)
-            self._act(self._rounds.handle(event, now))
+                queue.extend(self._secure.stored(event.agent, now))
+            if isinstance(event, AgentOffline | AgentOut):
+                queue.extend(self._secure.gone(event.agent, now))
+            queue.extend(self._act(self._rounds.handle(event, now), now))
 
     def _take(self, item: object, now: float) -> list[Event]:
         match item:
@@ -272,7 +297,8 @@ class Service:
             case _EvaluationDone(number, metrics, seconds):
                 return [Evaluated(self._keep_metrics(number, metrics, seconds))]
             case _ModelPresent(version):
-                self._announced.model_present(version, self._link, now)
+                if self._announced.model_present(version, self._link, now):
+                    return self._secure.announced(now, self._store.updates(self._rounds.round))
             case BaseException():
                 raise item
             case Connected():
@@ -294,9 +320,14 @@ class Service:
                 number, agent, Rejection.WRONG_HASH, "damaged on the aggregator's disk"
             )
         self._store.close_round(number, result.seconds, result.version)
+        self._secure.discard()
         self._watch.closed()
         log.info("round_closed", round=number, fold_s=round(result.seconds, 3))
         return [*self._presence.revoked(), Folded()]
+
+    def _back(self, agent: str) -> None:
+        self._reception.back(agent)
+        self._secure.back(agent)
 
     def _subscribe(self, now: float) -> None:
         self._link.subscribe(
@@ -320,6 +351,8 @@ class Service:
                 return self._presence.state(topic.agent, message.payload, retained=message.retain)
             case "offer":
                 return self._reception.message(topic.agent, message.payload, now)
+            case "masking up":
+                return self._secure.message(topic.agent, message.payload, now)
             case "chunk":
                 self._reception.chunk(topic.agent, topic.sha256, topic.index, message.payload, now)
             case "telemetry":
@@ -328,11 +361,21 @@ class Service:
 
     # --- carrying out ---------------------------------------------------------------------------------------------
 
-    def _act(self, commands: list[Command]) -> None:
+    def _act(self, commands: list[Command], now: float) -> list[Event]:
+        events: list[Event] = []
         for command in commands:
             match command:
                 case OpenCommand():
                     self._open(command)
+                case Unmask(number):
+                    self._store.start_unmasking(number)
+                    self._reception.shut()
+                    events += self._secure.unmask(now)
+                case Skip(number):
+                    log.error(
+                        "round_skipped", round=number, reason="its sum cannot be had", lost="its updates"
+                    )
+                    self._averaging.skip(number)
                 case FoldCommand(number, agents):
                     self._fold(number, agents)
                 case Evaluate(number):
@@ -344,37 +387,25 @@ class Service:
                 case Finish(number, reason):
                     log.info("run_finished", round=number, reason=reason)
                     self._idle(number, reason, finished=True)
+        return events
 
     def _open(self, command: OpenCommand) -> None:
-        offered = self._versions.offer(command.round - 1, self._chunk_bytes())
         if self._interrupted is None or self._interrupted.round != command.round:
-            self._encoding = self._config.up_encoding
+            self._encoding = self._plans.encoding
+        plan, objects = self._plans.make(command, self._encoding, self._chunk_bytes(), self._rounds.wanted)
         self._store.open_round(
             command.round,
             command.attempt,
             command.cohort,
-            base=offered.base,
+            base=plan.base,
             encoding=self._encoding,
             deadline_s=command.deadline_s,
+            masked=plan.privacy.secagg is not None,
         )
-        plan = RoundPlan(
-            run=self._store.run,
-            round=command.round,
-            attempt=command.attempt,
-            task=self._task,
-            train=self._config.train,
-            base=offered.base,
-            full=offered.full,
-            deltas=offered.deltas,
-            up_encoding=self._encoding,
-            # The errors of agents are independent: their average has a share of each.
-            max_noise=self._config.max_noise * max(1, self._rounds.wanted),
-            cohort=command.cohort,
-            deadline_s=max(command.deadline_s, 1.0),
-            issued_at=time.time(),
-            upload_chunk_bytes=self._chunk_bytes(),
-            privacy=terms_of(self._config, self._store.run, command.round, command.attempt),
-        )
+        masking = None
+        if plan.privacy.secagg is not None:
+            self._secure.open(plan)
+            masking = self._averaging.mask(plan)
         accepted = self._store.updates(plan.round)
         self._reception.open(
             OpenRound(
@@ -387,13 +418,14 @@ class Service:
                 upload_chunk_bytes=plan.upload_chunk_bytes,
                 schema=self._averaging.schema(plan.round),
                 accepted={agent: update.sha256 for agent, update in accepted.items()},
+                masking=masking,
             )
         )
         for agent in accepted:  # by an earlier process; those of an earlier attempt have been added
             self._averaging.add(plan.round, agent, self._encoding)
         self._watch.opened(plan.round)
         self._announced.hold(plan)
-        self._seeder.want(plan.base, offered.objects)
+        self._seeder.want(plan.base, objects)
         if command.attempt == 1:
             log.info(
                 "round_opened", round=plan.round, cohort=len(plan.cohort), deadline_s=round(plan.deadline_s)
@@ -405,11 +437,16 @@ class Service:
                 attempt=plan.attempt,
                 cohort=len(plan.cohort),
                 quorum=self._rounds.quorum,
-                lost="nothing: updates that have arrived stay",
+                lost="nothing: updates that have arrived stay"
+                if masking is None
+                else "nothing: all mask anew",
                 remedy="see which agents are missing with `aggregator status`",
             )
 
     def _fold(self, number: int, agents: tuple[str, ...]) -> None:
+        if self._secure.unmask_plan is not None:
+            self._averaging.unmask(number, self._secure.unmask_plan)
+            return
         self._store.start_folding(number)
         self._reception.shut()
         self._averaging.close(number, agents, self._encoding)

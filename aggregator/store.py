@@ -66,10 +66,20 @@ class Store(Database):
         base: str,
         encoding: str,
         deadline_s: float,
+        masked: bool = False,
     ) -> None:
-        """Record that a round, or its next attempt, is open."""
+        """Record that a round, or its next attempt, is open. Masked updates of an earlier attempt are forgotten."""
         now = time.time()
         with self.transaction() as db:
+            if masked:
+                db.execute(
+                    "DELETE FROM updates WHERE round = ? AND round IN "
+                    "(SELECT round FROM rounds WHERE attempt < ?)",
+                    (number, attempt),
+                )
+                db.execute(
+                    "UPDATE rounds SET phase = 'open' WHERE round = ? AND attempt < ?", (number, attempt)
+                )
             db.execute(
                 "INSERT INTO rounds (round, attempt, phase, cohort, base, encoding, opened_at, deadline_at) "
                 "VALUES (?, ?, 'open', ?, ?, ?, ?, ?) ON CONFLICT (round) DO UPDATE SET "
@@ -89,6 +99,11 @@ class Store(Database):
         """Record that the round takes no further update, so that a restart folds exactly the same ones."""
         with self.transaction() as db:
             db.execute("UPDATE rounds SET phase = 'folding' WHERE round = ?", (number,))
+
+    def start_unmasking(self, number: int) -> None:
+        """Record that the round takes no further update, and that the sum of those that are there is wanted."""
+        with self.transaction() as db:
+            db.execute("UPDATE rounds SET phase = 'unmasking' WHERE round = ?", (number,))
 
     def close_round(self, number: int, fold_s: float, version: StoredVersion) -> None:
         """Record that the round's checkpoint (and delta) is durable, and forget its updates' files."""
