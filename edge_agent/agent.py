@@ -15,6 +15,7 @@ import structlog
 
 from edge_agent.config import PrivacyLimits
 from edge_agent.fetching import ModelCache
+from edge_agent.guard import Guard, owner_of
 from edge_agent.metering import RoundMeter, UploadShare
 from edge_agent.outbox import Outbox
 from edge_agent.progress import Progress, read_progress, write_progress
@@ -103,6 +104,7 @@ class Options:
         max_rate: Cap on the bandwidth of each direction, bytes a second (:mod:`federation.wire.rate`); None for none.
         required: Terms that a plan must state.
         limits: What no plan can exceed.
+        data: What the device's data is called; it stays in the privacy ledger.
     """
 
     state_dir: Path
@@ -112,6 +114,7 @@ class Options:
     max_rate: float | None = None
     required: tuple[Requirement, ...] = ()
     limits: PrivacyLimits = field(default_factory=PrivacyLimits)
+    data: str = ""
 
 
 class Agent:
@@ -172,6 +175,7 @@ class Agent:
         self._worker = Worker(
             trainer,
             self._outbox,
+            Guard(options.state_dir / "ledger", owner_of(bundle), options.limits, data=options.data),
             federation=bundle.federation,
             agent=self._name,
             plugins=options.plugins,

@@ -159,6 +159,7 @@ def run_agent(
         max_rate=cap,
         required=required,
         limits=settings.privacy,
+        data=settings.data,
     )
     agent = Agent(identity, able, trainer, options)
     for number in (signal.SIGTERM, signal.SIGINT):

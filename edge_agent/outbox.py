@@ -23,6 +23,7 @@ from federation.wire.messages import Receipt, RoundPlan, TrainMetrics, UpdateOff
 from federation.wire.noise import noise_bounds
 from federation.wire.objects import read_chunk
 from federation.wire.signing import Purpose, seal, unseal
+from federation.wire.terms import Spent
 from federation.wire.transfer import cut_size, make_ref
 
 
@@ -66,6 +67,7 @@ class Outbox:
         rng: np.random.Generator,
         chunk_bytes: int,
         private: bool = False,
+        spent: Spent | None = None,
     ) -> UpdateOffer:
         """Encode, sign and store an update.
 
@@ -78,6 +80,7 @@ class Outbox:
             rng: Drives stochastic rounding.
             chunk_bytes: The largest into which it may be cut.
             private: Whether the training was private: what an encoding leaves out stays on its side.
+            spent: What the ledger says, under sample-level terms.
 
         Returns:
             The offer that was signed.
@@ -101,6 +104,8 @@ class Outbox:
             encoding=plan.up_encoding,
             samples=samples,
             metrics=metrics,
+            attempt=plan.attempt,
+            spent=spent,
         )
         sealed = seal(
             offer, purpose=Purpose.AGENT, federation=self._federation, sender=self._agent, key=self._key

@@ -7,15 +7,18 @@ from typing import Protocol
 
 import numpy as np
 import structlog
+from msgspec.structs import replace
 from numpy.typing import NDArray
 
 from edge_agent.base_model import Arrays, Recipe, make_base
+from edge_agent.guard import Guard, TermsUnfitError
 from edge_agent.outbox import Outbox
 from edge_agent.session import BaseUnusable, UpdateReady, WorkFailed
 from edge_agent.training import Cancelled, Trained, round_seed
-from federation.errors import ConfigError, FedgeError, VerificationError
+from federation.errors import BudgetExhaustedError, ConfigError, FedgeError, VerificationError
 from federation.task.names import is_plugin
-from federation.wire.messages import RoundPlan, TaskSpec, UpdateOffer
+from federation.wire.messages import DeclineCode, RoundPlan, TaskSpec, UpdateOffer
+from privacy.budget import PrivateRound
 
 log = structlog.get_logger()
 
@@ -29,8 +32,14 @@ class Trainer(Protocol):
         plan: RoundPlan,
         agent: str,
         cancelled: Callable[[], bool],
+        *,
+        private: PrivateRound | None = None,
     ) -> Trained:
-        """Train on ``base``; raises :class:`Cancelled` soon after ``cancelled()`` turns true."""
+        """Train on ``base``, with ``private`` exactly as it says; raises :class:`Cancelled` soon after ``cancelled()`` turns true."""
+        ...
+
+    def samples(self, task: TaskSpec) -> int:
+        """How many local samples there are to learn ``task`` from."""
         ...
 
     def initial(self, task: TaskSpec, seed: int) -> Mapping[str, NDArray[np.float32]]:
@@ -44,6 +53,7 @@ class Worker:
     Args:
         trainer: Trains.
         outbox: Takes the update.
+        guard: Pays for private training.
         federation: Its federation.
         agent: This device's name.
         plugins: Plug-in models that a plan may name.
@@ -55,13 +65,14 @@ class Worker:
         self,
         trainer: Trainer,
         outbox: Outbox,
+        guard: Guard,
         *,
         federation: str,
         agent: str,
         plugins: frozenset[str],
         post: Callable[[object], None],
     ) -> None:
-        self._trainer, self._outbox = trainer, outbox
+        self._trainer, self._outbox, self._guard = trainer, outbox, guard
         self._federation, self._agent = federation, agent
         self._plugins, self._post = plugins, post
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="trainer")
@@ -87,6 +98,7 @@ class Worker:
         """Cancel, and wait for the thread to end."""
         self.cancel()
         self._thread.shutdown(cancel_futures=True)
+        self._guard.close()
 
     def _work(self, plan: RoundPlan, recipe: Recipe, largest_chunk: int, cancel: Flag) -> None:
         try:
@@ -100,7 +112,7 @@ class Worker:
         except Cancelled:
             log.info("training_cancelled", round=plan.round)
         except FedgeError as error:
-            self._post(WorkFailed(plan.run, plan.round, str(error)))
+            self._post(WorkFailed(plan.run, plan.round, str(error), _code(error)))
         except BaseException as error:  # noqa: BLE001 - see ``post``
             self._post(error)
 
@@ -112,13 +124,31 @@ class Worker:
             )
 
     def _make_update(self, plan: RoundPlan, base: Arrays, largest_chunk: int, cancel: Flag) -> UpdateOffer:
-        trained = self._trainer.train(base, plan, self._agent, cancel.is_set)
+        samples = self._trainer.samples(plan.task) if plan.privacy.sample is not None else 0
+        if cancel.is_set():
+            raise Cancelled  # before it costs anything
+        paid = self._guard.reserve(plan, samples)
+        how = {} if paid is None else {"private": paid.private}
+        trained = self._trainer.train(base, plan, self._agent, cancel.is_set, **how)
+        tell = not plan.privacy.uniform  # else how many samples there are, and how well they fit, stays here
         return self._outbox.put(
             plan,
             base,
             trained.delta,
-            samples=trained.samples,
-            metrics=trained.metrics,
+            samples=trained.samples if tell else 1,
+            metrics=trained.metrics if tell else replace(trained.metrics, loss=None, accuracy=None),
             rng=np.random.default_rng(round_seed(plan, self._agent)),
             chunk_bytes=min(plan.upload_chunk_bytes, largest_chunk),
+            private=paid is not None,
+            spent=None if paid is None else paid.spent,
         )
+
+
+def _code(error: FedgeError) -> DeclineCode:
+    match error:
+        case BudgetExhaustedError():
+            return DeclineCode.BUDGET
+        case TermsUnfitError():
+            return DeclineCode.TERMS
+        case _:
+            return DeclineCode.FAULT

@@ -128,9 +128,10 @@ def steps_of(samples: int, batch_size: int, epochs: int, max_steps: int) -> tupl
 
 
 def _check_terms(terms: Terms, limits: Limits, samples: int) -> None:
+    # The texts travel to the aggregator: they do not tell how many samples there are.
     if samples < terms.batch_size:
         raise TermsError(
-            f"{samples} training samples are fewer than a batch of {terms.batch_size}: private training needs a batch "
+            f"this device has fewer training samples than a batch of {terms.batch_size}: private training needs a batch "
             "drawn from many. Add images, or let the federation use a smaller train.batch_size"
         )
     if terms.delta > limits.max_delta:
@@ -140,8 +141,8 @@ def _check_terms(terms: Terms, limits: Limits, samples: int) -> None:
         )
     if terms.delta * samples >= 1:
         raise TermsError(
-            f"delta {terms.delta:g} is not below 1 / {samples} samples: a mechanism that publishes a sample at random would "
-            "satisfy it. Let the federation lower privacy.sample.delta"
+            f"delta {terms.delta:g} is not below 1 / training samples of this device: a mechanism that publishes a sample at "
+            "random would satisfy it. Let the federation lower privacy.sample.delta"
         )
     if not limits.max_epsilon:
         raise OverBudgetError(

@@ -28,6 +28,7 @@ from federation.wire.messages import (
     TrainMetrics,
 )
 from federation.wire.versions import model_digest
+from privacy.budget import PrivateRound
 
 NAME = "garden"
 TASK = TaskSpec(model="cnn", labels=("0", "1"), channels=1, height=8, width=8, mean=(0.5,), std=(0.5,))
@@ -41,6 +42,9 @@ LIMITS = Limits(max_packet_bytes=2048)
 PATIENCE_S = 40.0
 
 SEED = 3
+
+SAMPLES = 1000
+"""That a device has, as far as its privacy is concerned."""
 
 Arrays = Mapping[str, NDArray[np.float32]]
 
@@ -86,6 +90,7 @@ class TinyTrainer:
         self.ended: list[int] = []
         self.bases: dict[int, str] = {}
         """Digest of the model that each round was trained on."""
+        self.private: list[PrivateRound | None] = []
         self.built: list[int] = []
         """Seeds from which an initial model was built."""
 
@@ -95,7 +100,20 @@ class TinyTrainer:
         # Another seed stands for a machine whose random numbers differ.
         return base_arrays() if seed == SEED else {name: array + 1 for name, array in base_arrays().items()}
 
-    def train(self, base: Arrays, plan: RoundPlan, agent: str, cancelled: Callable[[], bool]) -> Trained:
+    def samples(self, task: TaskSpec) -> int:
+        assert task == TASK
+        return SAMPLES
+
+    def train(
+        self,
+        base: Arrays,
+        plan: RoundPlan,
+        agent: str,
+        cancelled: Callable[[], bool],
+        *,
+        private: PrivateRound | None = None,
+    ) -> Trained:
+        self.private.append(private)
         self.began.append(plan.round)
         self.bases[plan.round] = model_digest(base)
         while self.gate is not None and not self.gate.wait(0.01):

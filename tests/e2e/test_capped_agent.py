@@ -21,6 +21,7 @@ from federation.task.checkpoint import CheckpointInfo, checkpoint_bytes
 from federation.wire.encodings import ENCODINGS
 from federation.wire.messages import Capabilities, RoundPlan, TaskSpec, Traffic, TrainMetrics
 from federation.wire.rate import BURST_S, parse_rate, upload_chunk_bytes
+from privacy.budget import PrivateRound
 
 pytestmark = pytest.mark.network
 
@@ -46,7 +47,19 @@ def model() -> dict[str, NDArray[np.float32]]:
 class NoiseTrainer:
     """Gives an update at once, without torch."""
 
-    def train(self, base: Arrays, plan: RoundPlan, agent: str, cancelled: Callable[[], bool]) -> Trained:
+    def samples(self, task: TaskSpec) -> int:
+        raise AssertionError(f"no round of {task.model} is private")
+
+    def train(
+        self,
+        base: Arrays,
+        plan: RoundPlan,
+        agent: str,
+        cancelled: Callable[[], bool],
+        *,
+        private: PrivateRound | None = None,
+    ) -> Trained:
+        assert private is None
         assert not cancelled()
         draw = np.random.default_rng([plan.round, len(agent)])
         delta = {name: draw.standard_normal(base[name].shape).astype(np.float32) for name in sorted(base)}

@@ -30,6 +30,7 @@ from federation.wire.messages import (
 from federation.wire.signing import AGGREGATOR, Purpose, public_key_hex, seal, unseal
 from federation.wire.transfer import make_ref
 from federation.wire.versions import model_digest
+from privacy.budget import PrivateRound
 
 CHAIN = Chain(3)
 AGGREGATOR_KEY = Ed25519PrivateKey.from_private_bytes(bytes(range(32)))
@@ -55,7 +56,19 @@ class Trainer:
         self.built.append(seed)
         return built(seed + self.seed_shift)
 
-    def train(self, base: Arrays, plan: RoundPlan, agent: str, cancelled: Callable[[], bool]) -> Trained:
+    def samples(self, task: TaskSpec) -> int:
+        return len(task.labels)
+
+    def train(
+        self,
+        base: Arrays,
+        plan: RoundPlan,
+        agent: str,
+        cancelled: Callable[[], bool],
+        *,
+        private: PrivateRound | None = None,
+    ) -> Trained:
+        assert private is None
         assert (plan.cohort, cancelled()) == ((agent,), False)
         self.began.append(model_digest(base))
         metrics = TrainMetrics(loss=1.0, accuracy=0.5, steps=1, train_s=0.0)

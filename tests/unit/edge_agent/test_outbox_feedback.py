@@ -91,7 +91,10 @@ class Device:
 class NoTrainer:
     """A device whose update is on disk already has nothing to train."""
 
-    def train(self, *_: object) -> Trained:
+    def train(self, *_: object, **__: object) -> Trained:
+        raise AssertionError
+
+    def samples(self, *_: object) -> int:
         raise AssertionError
 
     def initial(self, *_: object) -> Arrays:
