@@ -42,6 +42,11 @@ CREATE TABLE IF NOT EXISTS traffic (
     sent_payload_bytes INTEGER NOT NULL, received_payload_bytes INTEGER NOT NULL, PRIMARY KEY (round, agent)
 ) STRICT;
 CREATE TABLE IF NOT EXISTS uploads (agent TEXT PRIMARY KEY, received INTEGER NOT NULL, total INTEGER NOT NULL) STRICT;
+CREATE TABLE IF NOT EXISTS noisy_rounds (
+    run TEXT NOT NULL, round INTEGER NOT NULL, noise_multiplier REAL NOT NULL, sampling_rate REAL NOT NULL, clip_norm REAL NOT NULL,
+    expected REAL NOT NULL, epsilon REAL NOT NULL, delta REAL NOT NULL, digest TEXT, encoding TEXT, next_clip_norm REAL,
+    PRIMARY KEY (run, round)
+) STRICT;
 CREATE TABLE IF NOT EXISTS declines (
     round INTEGER NOT NULL, agent TEXT NOT NULL, code TEXT NOT NULL, reason TEXT NOT NULL, at REAL NOT NULL,
     PRIMARY KEY (round, agent)

@@ -2,7 +2,7 @@
 
 import mmap
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -11,9 +11,10 @@ import structlog
 from numpy.typing import NDArray
 
 from aggregator.admission import Limits, check_update
+from aggregator.central_noise import RoundNoise
 from aggregator.records import StoredUpdate, StoredVersion
 from aggregator.store import Store, move_durably
-from aggregator.strategies import Accumulator, Strategy
+from aggregator.strategies import Accumulator, EqualWeights, Strategy
 from aggregator.versions import WHOLE
 from federation.errors import PeerError, VerificationError
 from federation.task.checkpoint import CheckpointInfo, checkpoint_bytes, read_checkpoint
@@ -86,14 +87,28 @@ class Fold:
         info: Of the new checkpoint.
         schema: Of the model.
         encoding: Of the updates.
+        noise: Of client-level privacy, if any. It is new at each attempt: then only what has been named keeps its bits
+            (``aggregator.central_noise``).
+        equal: Whether all updates weigh the same, not by their samples.
     """
 
-    def __init__(self, store: Store, info: CheckpointInfo, schema: Schema, encoding: str) -> None:
+    def __init__(
+        self,
+        store: Store,
+        info: CheckpointInfo,
+        schema: Schema,
+        encoding: str,
+        noise: RoundNoise | None = None,
+        *,
+        equal: bool = False,
+    ) -> None:
         self._store, self._info, self._schema, self._encoding = store, info, schema, encoding
+        self._noise, self._equal = noise, equal
         self._begin()
 
     def _begin(self) -> None:
-        self._total = Accumulator(self._schema)
+        plain = EqualWeights if self._equal else Accumulator
+        self._total = plain(self._schema) if self._noise is None else self._noise.begin(self._schema)
         self._taken: set[str] = set()
         self._damaged: list[str] = []
 
@@ -124,43 +139,62 @@ class Fold:
             down: How the delta is encoded.
 
         Raises:
-            VerificationError: If not one update could be read back.
+            VerificationError: If there are updates, and not one could be read back.
         """
         began = time.monotonic()
         number = self._info.round
+        named = self._named()
+        if named is not None:
+            return FoldResult(self._store.checkpoint_path(number), named, time.monotonic() - began, ())
         if not self._taken <= updates.keys():  # one was taken back since: begin anew
             self._begin()
         for update in updates.values():
             self.add(update)
-        if not self._total.count:
+        if updates and not self._total.count:
             raise VerificationError(
                 f"none of the {len(updates)} updates of round {number} below {self._store.folder / 'updates'} can be"
                 " read: check the disk"
             )
         change = strategy.change(self._total.mean())
-        path, version = write_version(self._store, self._info, change, down)
+        keep = None if self._noise is None else self._noise.keep
+        path, version = write_version(self._store, self._info, change, down, keep)
         return FoldResult(path, version, time.monotonic() - began, tuple(self._damaged))
+
+    def _named(self) -> StoredVersion | None:
+        """The round's noisy model, if a fold that was cut off has named it: it must not get another noise."""
+        kept = None if self._noise is None else self._noise.kept()
+        path = self._store.checkpoint_path(self._info.round)
+        if kept is None or not path.exists() or model_digest(read_checkpoint(path)[1]) != kept.digest:
+            return None
+        return kept
 
 
 def write_version(
-    store: Store, info: CheckpointInfo, change: Mapping[str, NDArray[np.float64]], down: Down
+    store: Store,
+    info: CheckpointInfo,
+    change: Mapping[str, NDArray[np.float64]],
+    down: Down,
+    keep: Callable[[StoredVersion], None] | None = None,
 ) -> tuple[Path, StoredVersion]:
     """Make the next version of the global model, and write it durably.
 
     With an encoding for the way down, the new version is what devices make of the encoded delta:
-    ``base + decode(encode(change))``.
+    ``base + decode(encode(change))``. Noise of client-level privacy is in ``change`` already: encoding it, with a grid that
+    follows from it and from the model before it (``noise_bounds``), is post-processing.
 
     Args:
         store: Holds the model of the round before.
         info: Of the new checkpoint.
         change: Of the model, by name.
         down: How the delta is encoded.
+        keep: Called with what it is before anything is written.
 
     Returns:
         The checkpoint's file, and what it is.
     """
     number = info.round
     _, base = read_checkpoint(store.checkpoint_path(number - 1))
+    frame: bytes | None = None
     if down.encoding == WHOLE:
         model = {name: (value + change[name]).astype(np.float32) for name, value in base.items()}
     else:
@@ -168,9 +202,12 @@ def write_version(
         rng = np.random.default_rng([down.seed, number])
         frame = encode(delta, down.encoding, rng, noise_bounds(base, delta, down.max_noise))
         model = apply_delta(base, frame, down.encoding)
+    version = StoredVersion(model_digest(model), down.encoding)
+    if keep is not None:
+        keep(version)
+    if frame is not None:
         store.write_delta(number, frame)
-    path = store.write_checkpoint(number, checkpoint_bytes(info, model))
-    return path, StoredVersion(model_digest(model), down.encoding)
+    return store.write_checkpoint(number, checkpoint_bytes(info, model)), version
 
 
 class Evaluator:

@@ -57,6 +57,14 @@ class Accumulator:
         return means
 
 
+class EqualWeights(Accumulator):
+    """A running sum in which every update weighs the same, whatever number of samples its agent claims."""
+
+    def add(self, delta: Arrays, weight: float) -> None:  # noqa: ARG002 - that it does not count is the point
+        """Add ``delta``."""
+        super().add(delta, 1.0)
+
+
 class Strategy(Protocol):
     """A server optimizer: it turns the mean update into the change of the global model."""
 

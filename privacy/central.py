@@ -38,7 +38,7 @@ from numpy.typing import NDArray
 from privacy.accounting import Spend, within
 from privacy.gaussian import draw_on_grid, grid_step, truncate
 
-Arrays = Mapping[str, NDArray[np.float32]]
+Arrays = Mapping[str, NDArray[np.float32]] | Mapping[str, NDArray[np.float64]]
 
 CLIP_MARGIN = 2.0**-20
 """By which a clipped update stays below the clip norm: more than float64 loses in the square sum of 2^32 values."""
@@ -104,7 +104,7 @@ class ClientMechanism:
         """Scale an update to an L2 norm of at most C over all tensors together.
 
         Args:
-            update: float32, finite, any shapes.
+            update: float32 or float64, finite, any shapes.
 
         Returns:
             The clipped update, float64, truncated towards 0 to a grid of C / 2^30 or less, so that sums of it are exact

@@ -1,0 +1,306 @@
+"""Client-level privacy of a run: what each round pays, with which noise, and when the budget ends it.
+
+The mathematics is ``privacy.central``; this is its memory, the table ``noisy_rounds``:
+
+* **A round is paid for before any device is told of it**, in a committed row. A round that never gets as far as its noise is
+  paid for nonetheless; nothing is given back.
+* **Noise is drawn from entropy and never stored**, so a fold that ``kill -9`` has cut off cannot make the same bits again.
+  What it must not do is show two different noises of one sum: their mean has less noise than was paid for. So the digest
+  of the noisy model is committed before its checkpoint gets its name. After a restart there are two cases. The checkpoint
+  is there and has this digest: it is the round's model, as it is. It is not there: nobody can have seen the former noise,
+  and it is drawn anew. (An encoded delta may lie there: nothing names it, no device has been told of it, and it is
+  overwritten. The raw updates lie in the same folder at that time.)
+* **A clip norm that adapts** is noisy too: the next one is committed together with the digest.
+"""
+
+from collections.abc import Callable, Collection
+from dataclasses import dataclass
+from functools import partial
+
+import msgspec
+import numpy as np
+import structlog
+from numpy.typing import NDArray
+
+from aggregator.cohort import draw_secretly
+from aggregator.config import AggregatorConfig
+from aggregator.promises import terms_of
+from aggregator.records import StoredVersion
+from aggregator.rounds import Budget
+from aggregator.store import Store
+from aggregator.strategies import Accumulator, Arrays
+from federation.errors import BudgetExhaustedError, ConfigError
+from federation.wire.codec import Schema
+from federation.wire.terms import PrivacyTerms
+from privacy.accounting import Spend, epsilon_pld, noise_multiplier_for, within
+from privacy.central import Adaptation, ClientMechanism, affordable
+
+log = structlog.get_logger()
+
+
+@dataclass(frozen=True, slots=True)
+class NoisyRound:
+    """A round that was paid for.
+
+    Attributes:
+        run: That it belongs to.
+        round: Number.
+        noise_multiplier: On the sum and the count together, in units of the clip norm.
+        sampling_rate: Of the secret draw; 1 for no draw.
+        clip_norm: C.
+        expected: Devices by which the sum is divided.
+        epsilon: Budget of the run as it was announced.
+        delta: At which it is stated.
+        digest: Of the model with its noise; None until that is made.
+        encoding: Of the delta that leads there; None as for the digest.
+        next_clip_norm: None as for the digest.
+    """
+
+    run: str
+    round: int
+    noise_multiplier: float
+    sampling_rate: float
+    clip_norm: float
+    expected: float
+    epsilon: float
+    delta: float
+    digest: str | None = None
+    encoding: str | None = None
+    next_clip_norm: float | None = None
+
+    @property
+    def spend(self) -> Spend:
+        """What it costs."""
+        return Spend(self.noise_multiplier, self.sampling_rate, 1)
+
+
+def noisy_rounds(store: Store) -> list[NoisyRound]:
+    """All that were paid for in this folder, oldest first: those of former runs too, whose model goes on in this one."""
+    columns = ", ".join(NoisyRound.__dataclass_fields__)
+    return [
+        NoisyRound(*row)
+        for row in store.read(f"SELECT {columns} FROM noisy_rounds ORDER BY rowid")  # noqa: S608 - our own names
+    ]
+
+
+class NoisyMean(Accumulator):
+    """A mean of clipped updates with noise; 16 bytes a parameter. The weights that it is given do not count.
+
+    Args:
+        schema: Tensor name -> shape.
+        mechanism: Of the round.
+    """
+
+    def __init__(self, schema: Schema, mechanism: ClientMechanism) -> None:
+        super().__init__(schema)
+        self._mechanism, self._below = mechanism, 0
+
+    def add(self, delta: Arrays, weight: float) -> None:  # noqa: ARG002 - a weight would change the sensitivity
+        """Clip ``delta`` and add it."""
+        clipped, below = self._mechanism.clip(delta)
+        super().add(clipped, 1.0)
+        self._below += below
+
+    def mean(self) -> dict[str, NDArray[np.float64]]:
+        """``(sum + noise) / expected``, float64: other noise at every call. Noise alone if nothing was added."""
+        return self._mechanism.noisy_mean(self.sums())
+
+    def next_clip_norm(self) -> float:
+        """Of the next round: other noise at every call."""
+        return self._mechanism.next_clip_norm(self._below, self.count)
+
+
+class RoundNoise:
+    """The noise of one round.
+
+    Args:
+        store: Holds what was paid.
+        paid: For this round.
+        adaptation: Of the clip norm.
+    """
+
+    def __init__(self, store: Store, paid: NoisyRound, adaptation: Adaptation | None) -> None:
+        self._store, self._paid = store, paid
+        self.mechanism = ClientMechanism(paid.clip_norm, paid.noise_multiplier, paid.expected, adaptation)
+        self._total: NoisyMean | None = None
+
+    def begin(self, schema: Schema) -> NoisyMean:
+        """A new, empty accumulator in the place of the former."""
+        self._total = NoisyMean(schema, self.mechanism)
+        return self._total
+
+    def kept(self) -> StoredVersion | None:
+        """The noisy model that an earlier fold of this round was about to name."""
+        if self._paid.digest is None or self._paid.encoding is None:
+            return None
+        return StoredVersion(self._paid.digest, self._paid.encoding)
+
+    def keep(self, version: StoredVersion) -> None:
+        """Commit which model is about to be named. From then on no other noise of this round may be shown."""
+        assert self._total is not None
+        next_clip_norm = self._total.next_clip_norm()
+        with self._store.transaction() as db:
+            db.execute(
+                "UPDATE noisy_rounds SET digest = ?, encoding = ?, next_clip_norm = ? WHERE run = ? AND round = ?",
+                (version.digest, version.encoding, next_clip_norm, self._paid.run, self._paid.round),
+            )
+
+
+class CentralNoise:
+    """Client-level privacy as the settings want it; without a noise multiplier, all methods do nothing.
+
+    Args:
+        config: All settings.
+        store: Of the run.
+    """
+
+    def __init__(self, config: AggregatorConfig, store: Store) -> None:
+        self._config, self._client, self._store = config, config.privacy.client, store
+        self._warned = False
+
+    @property
+    def draw(self) -> Callable[[Collection[str]], tuple[str, ...]] | None:
+        """Of the cohorts; None where all take part, or a fixed number."""
+        if not self._client.noise_multiplier or self._client.sampling_rate == 1:
+            return None
+        return partial(draw_secretly, rate=self._client.sampling_rate)
+
+    @property
+    def _step(self) -> Spend:
+        return Spend(self._client.noise_multiplier, self._client.sampling_rate, 1)
+
+    def _so_far(self) -> list[Spend]:
+        """Of all rounds but one that was paid for and then never opened: it is about to be replaced."""
+        newest, run = self._store.newest_round(), self._store.run
+        return [paid.spend for paid in noisy_rounds(self._store) if paid.run != run or paid.round <= newest]
+
+    def budget(self) -> Budget | None:
+        """The last round that the budget pays for; None where there is no noise."""
+        client, newest = self._client, self._store.newest_round()
+        if not client.noise_multiplier:
+            return None
+        more = affordable(
+            self._so_far(),
+            self._step,
+            client.epsilon,
+            client.delta,
+            at_most=self._config.rounds.count - newest,
+        )
+        return Budget(
+            newest + more,
+            f"the privacy budget is spent: round {newest + more + 1} would exceed privacy.client.epsilon = "
+            f"{client.epsilon:g} at delta {client.delta:g}",
+        )
+
+    def check(self) -> None:
+        """Refuse, before anything starts, a promise that cannot be kept.
+
+        Rounds of this run were without noise, the open one was announced otherwise, or not one round can be paid.
+
+        Raises:
+            ConfigError: It names the setting and the remedy.
+        """
+        client = self._client
+        paid = {row.round: row for row in noisy_rounds(self._store)}
+        rounds = self._store.rounds()
+        if rounds and rounds[-1].phase != "closed":
+            self._check_open(rounds[-1].round, paid.get(rounds[-1].round))
+        if not client.noise_multiplier:
+            return
+        bare = [row.round for row in rounds if row.round not in paid]
+        if bare:
+            raise ConfigError(
+                f"privacy.client.noise_multiplier is {client.noise_multiplier:g}, but {len(bare)} rounds of "
+                f"{self._store.folder} (first {bare[0]}) had no noise, and their model goes on: begin another run with another "
+                "state_dir"
+            )
+        if not self._so_far() and not within([self._step], client.delta, client.epsilon):
+            enough = noise_multiplier_for(
+                client.epsilon, client.delta, (), client.sampling_rate, self._config.rounds.count
+            )
+            raise ConfigError(
+                f"privacy.client.epsilon is {client.epsilon:g}, but one round with privacy.client.noise_multiplier = "
+                f"{client.noise_multiplier:g} costs {epsilon_pld([self._step], client.delta):.3g} at delta {client.delta:g}: "
+                f"for all {self._config.rounds.count} rounds it takes a noise_multiplier of {enough:g}"
+            )
+
+    def _check_open(self, number: int, paid: NoisyRound | None) -> None:
+        client = self._client
+        announced = (paid.noise_multiplier, paid.sampling_rate) if paid else (0.0, 1.0)
+        now = (client.noise_multiplier, client.sampling_rate if client.noise_multiplier else 1.0)
+        if announced != now:
+            raise ConfigError(
+                f"round {number} is open and was announced with privacy.client.noise_multiplier = {announced[0]:g} and "
+                f"sampling_rate = {announced[1]:g}; they are {now[0]:g} and {now[1]:g}: set them back until it is closed"
+            )
+
+    def open(self, number: int, *, wanted: int, online: int) -> None:
+        """Pay for a round, once, before it is announced; its later attempts are paid for.
+
+        Args:
+            number: Of the round.
+            wanted: Devices that are to deliver.
+            online: Devices of which a secret draw took each with its probability.
+
+        Raises:
+            BudgetExhaustedError: If the budget does not pay for it.
+        """
+        client = self._client
+        known = self._paid(number)
+        if not client.noise_multiplier or (known is not None and self._store.newest_round() >= number):
+            return
+        if not within([*self._so_far(), self._step], client.delta, client.epsilon):
+            raise BudgetExhaustedError(
+                f"round {number} would exceed privacy.client.epsilon = {client.epsilon:g} at delta {client.delta:g}"
+            )
+        expected = max(1.0, client.sampling_rate * online) if self.draw else float(max(1, wanted))
+        clip_norm = self._clip_norm()
+        with self._store.transaction() as db:
+            db.execute(
+                "INSERT OR REPLACE INTO noisy_rounds (run, round, noise_multiplier, sampling_rate, clip_norm, expected, "
+                "epsilon, delta) VALUES (?, ?, ?, ?, ?, ?, ?, ?)",
+                (
+                    self._store.run,
+                    number,
+                    client.noise_multiplier,
+                    client.sampling_rate,
+                    clip_norm,
+                    expected,
+                    client.epsilon,
+                    client.delta,
+                ),
+            )
+        log.info("round_paid", round=number, clip_norm=clip_norm, expected_devices=expected)
+
+    def of_round(self, number: int) -> RoundNoise | None:
+        """The noise that was paid for; None if none was."""
+        paid, client = self._paid(number), self._client
+        if paid is None:
+            return None
+        adaptation = Adaptation(client.quantile, client.clip_learning_rate) if client.quantile else None
+        return RoundNoise(self._store, paid, adaptation)
+
+    @property
+    def equal(self) -> bool:
+        """Whether all updates weigh the same: under any terms of privacy."""
+        return terms_of(self._config, self._store.run, 1, 1).uniform
+
+    def terms(self, number: int, attempt: int) -> PrivacyTerms:
+        """What the plan of a round promises, with the clip norm of that round."""
+        terms, paid = terms_of(self._config, self._store.run, number, attempt), self._paid(number)
+        if terms.client is None or paid is None:
+            return terms
+        client = msgspec.structs.replace(terms.client, clip_norm=paid.clip_norm)
+        return msgspec.structs.replace(terms, client=client)
+
+    def _paid(self, number: int) -> NoisyRound | None:
+        run = self._store.run
+        rows = [paid for paid in noisy_rounds(self._store) if (paid.run, paid.round) == (run, number)]
+        return rows[0] if rows else None
+
+    def _clip_norm(self) -> float:
+        if self._client.quantile:
+            for paid in reversed(noisy_rounds(self._store)):
+                if paid.next_clip_norm is not None:
+                    return paid.next_clip_norm
+        return self._client.clip_norm
