@@ -6,6 +6,10 @@
      ^                                      |                                |                            |
      +------ round closed, or declined -----+--------------------------------+----- receipt --------------+
 
+Under secure aggregation the update waits in MASKING for what its masks are made of, and after its receipt the agent stays
+in OPENING, so that the sum can be opened. A later attempt of the round takes it back to MASKING: it is masked anew, and not
+trained again.
+
 A newer plan ends whatever an older round was doing. The link may come and go in any state: training goes on without
 it, and what could not be sent is sent after the next connect.
 """
@@ -14,6 +18,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from enum import StrEnum
 
+from federation.wire.masking import MASKED
 from federation.wire.messages import Credit, DeclineCode, IdlePlan, Plan, Receipt, RoundPlan, UpdateOffer
 from federation.wire.transfer import Upload
 
@@ -24,7 +29,9 @@ class Phase(StrEnum):
     IDLE = "idle"
     FETCHING = "fetching"
     TRAINING = "training"
+    MASKING = "masking"
     DELIVERING = "delivering"
+    OPENING = "opening"
 
 
 # --- events ---------------------------------------------------------------------------------------------------
@@ -57,6 +64,26 @@ class BaseUnusable:
     run: str
     round: int
     reason: str
+
+
+@dataclass(frozen=True, slots=True)
+class TrainingKept:
+    """What was trained in this round is on disk, to be masked.
+
+    Attributes:
+        run: In which it was trained.
+        round: In which it was trained.
+    """
+
+    run: str
+    round: int
+
+
+@dataclass(frozen=True, slots=True)
+class MasksReady:
+    """All that the masks of an attempt are made of is there."""
+
+    attempt: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -111,6 +138,8 @@ Event = (
     PlanArrived
     | BaseReady
     | BaseUnusable
+    | TrainingKept
+    | MasksReady
     | UpdateReady
     | WorkFailed
     | CreditArrived
@@ -137,8 +166,22 @@ class Train:
 
 
 @dataclass(frozen=True, slots=True)
+class JoinSum:
+    """Agree with the neighbours on the masks of this attempt."""
+
+    plan: RoundPlan
+
+
+@dataclass(frozen=True, slots=True)
+class Mask:
+    """Mask what was trained, and put it on disk with its signed offer."""
+
+    plan: RoundPlan
+
+
+@dataclass(frozen=True, slots=True)
 class Abandon:
-    """Stop fetching or training: the round is over."""
+    """Stop fetching, training or masking: the round is over."""
 
     reason: str
 
@@ -216,7 +259,17 @@ class IgnorePlan:
 
 
 Command = (
-    Fetch | Train | Abandon | SendOffer | SendChunks | SendDecline | ForgetUpdate | Remember | IgnorePlan
+    Fetch
+    | Train
+    | JoinSum
+    | Mask
+    | Abandon
+    | SendOffer
+    | SendChunks
+    | SendDecline
+    | ForgetUpdate
+    | Remember
+    | IgnorePlan
 )
 
 RUNS_REMEMBERED = 64
@@ -231,6 +284,7 @@ class Session:
         seen: Run and round of the newest plan that an earlier process saw; ("", 0) for none.
         done: Whether that process had nothing left to do in that round.
         pending: An update that an earlier process left in the outbox, not yet receipted.
+        kept: Run and round of what an earlier process trained and kept for masking; ("", 0) for none.
         retired: Runs that were over before the one that was seen.
         objection: Says what a plan lacks of this device's terms; empty where it lacks nothing.
     """
@@ -242,6 +296,7 @@ class Session:
         seen: tuple[str, int] = ("", 0),
         done: bool = False,
         pending: UpdateOffer | None = None,
+        kept: tuple[str, int] = ("", 0),
         retired: tuple[str, ...] = (),
         objection: Callable[[RoundPlan], str] = lambda _: "",
     ) -> None:
@@ -258,6 +313,8 @@ class Session:
         self._declined: SendDecline | None = None
         self._declined_attempt = 0
         self._pending = pending
+        self._kept = kept
+        self._masks_of = 0
         self._upload: Upload | None = None
         self._unanswered = 0
 
@@ -283,8 +340,14 @@ class Session:
             case BaseUnusable(run, number) if self._busy(Phase.TRAINING) and self._is_for(run, number):
                 self.phase = Phase.FETCHING
                 return [Fetch(self._plan_now)]
-            case UpdateReady(offer) if self._busy(Phase.TRAINING) and self._is_for(offer.run, offer.round):
+            case UpdateReady(offer) if self._awaits(offer):
                 return self._deliver(offer, now)
+            case TrainingKept(run, number) if self._busy(Phase.TRAINING) and self._is_for(run, number):
+                self.phase, self._kept = Phase.MASKING, (run, number)
+                return self._mask_if_ready()
+            case MasksReady(attempt) if self.plan is not None and attempt == self.plan.attempt:
+                self._masks_of = attempt
+                return self._mask_if_ready()
             case WorkFailed(run, number, reason, code) if self._is_for(run, number):
                 return self._decline(reason, code)
             case CreditArrived(credit):
@@ -324,6 +387,19 @@ class Session:
     def _busy(self, phase: Phase) -> bool:
         return self.phase is phase and self.plan is not None
 
+    def _awaits(self, offer: UpdateOffer) -> bool:
+        if self.plan is None or not self._is_for(offer.run, offer.round):
+            return False
+        if masked(self.plan):
+            return self.phase is Phase.MASKING and offer.attempt == self.plan.attempt
+        return self.phase is Phase.TRAINING
+
+    def _mask_if_ready(self) -> list[Command]:
+        if self.phase is not Phase.MASKING or self._masks_of != self._plan_now.attempt:
+            return []
+        self._masks_of = 0  # they are good for one update
+        return [Mask(self._plan_now)]
+
     def _plan_arrived(self, plan: Plan, now: float) -> list[Command]:
         if plan.run in self._retired:
             return [IgnorePlan(plan.round, f"run {plan.run} is over, this device has seen run {self._run}")]
@@ -344,7 +420,7 @@ class Session:
             self._declined = None
         objection = self._objection(plan)
         if objection:  # also to a later attempt that promises less than the one that is being worked on
-            working = self.phase in (Phase.FETCHING, Phase.TRAINING)
+            working = self.phase in (Phase.FETCHING, Phase.TRAINING, Phase.MASKING)
             self.plan = plan
             return [
                 *commands,
@@ -354,14 +430,33 @@ class Session:
         if (
             self.plan is not None
         ):  # announced again, or a later attempt of the round that this agent is working on
-            offered, known = (plan.full, plan.deltas), (self.plan.full, self.plan.deltas)
-            self.plan = plan
-            return [*commands, Fetch(plan)] if self.phase is Phase.FETCHING and offered != known else commands
+            return commands + self._go_on(plan)
         self.plan = plan
-        if self._pending is not None:
+        if self._pending is not None and (not masked(plan) or self._pending.attempt == plan.attempt):
             return commands + self._deliver(self._pending, now)
+        if masked(plan):
+            commands += self._join()
+            if self._kept == here:
+                self.phase = Phase.MASKING
+                return commands
         self.phase = Phase.FETCHING
         return [*commands, Fetch(plan)]
+
+    def _go_on(self, plan: RoundPlan) -> list[Command]:
+        offered, known = (plan.full, plan.deltas), (self._plan_now.full, self._plan_now.deltas)
+        later = plan.attempt > self._plan_now.attempt
+        self.plan = plan
+        commands: list[Command] = self._join() if later and masked(plan) else []
+        if self.phase is Phase.FETCHING and offered != known:
+            commands.append(Fetch(plan))
+        return commands
+
+    def _join(self) -> list[Command]:
+        """Begin the masking of this attempt; an update that was masked for an earlier one is of no use."""
+        if self.phase in (Phase.DELIVERING, Phase.OPENING):
+            self.phase = Phase.MASKING
+        self._masks_of, self._upload = 0, None
+        return [*self._forget("it was masked for an earlier attempt"), JoinSum(self._plan_now)]
 
     def _mark(self, run: str, number: int, *, done: bool) -> list[Command]:
         known = self._run, self._round, self._done == (run, number)
@@ -390,7 +485,7 @@ class Session:
         """End all work that is not for ``run`` at round ``first_valid`` or later."""
         commands: list[Command] = []
         if self.plan is not None and (self.plan.run != run or self.plan.round < first_valid):
-            if self.phase in (Phase.FETCHING, Phase.TRAINING):
+            if self.phase in (Phase.FETCHING, Phase.TRAINING, Phase.MASKING):
                 commands.append(Abandon(reason))
             self._rest()
         if self._pending is not None and (self._pending.run != run or self._pending.round < first_valid):
@@ -423,6 +518,10 @@ class Session:
         if pending is None or receipt.sha256 != pending.object.sha256 or here != (pending.run, pending.round):
             return []
         self._pending = None
+        if receipt.accepted and pending.encoding.partition(":")[0] == MASKED:
+            self.phase = Phase.IDLE if self.plan is None else Phase.OPENING
+            self._upload = None
+            return [ForgetUpdate(accepted=True, reason="accepted")]
         self._rest()
         # Remembered before the update is deleted: with neither, a restart would train this round again.
         commands = self._mark(*here, done=True) if here == (self._run, self._round) else []
@@ -435,3 +534,9 @@ class Session:
         self.phase = Phase.IDLE
         self.plan = None
         self._upload = None
+        self._masks_of = 0
+
+
+def masked(plan: RoundPlan) -> bool:
+    """Whether the updates of a plan are masked."""
+    return plan.privacy.secagg is not None

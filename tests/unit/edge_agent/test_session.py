@@ -15,6 +15,7 @@ from edge_agent.session import (
     Fetch,
     ForgetUpdate,
     IgnorePlan,
+    JoinSum,
     LinkUp,
     Phase,
     PlanArrived,
@@ -381,7 +382,7 @@ def test_a_plan_below_the_terms_is_declined_before_anything_is_fetched() -> None
     assert feed(session, PlanArrived(plan())) == [Remember(RUN, 1, done=False), declined]
     assert feed(session, PlanArrived(plan())) == [declined]
     better = structs.replace(plan(attempt=2), privacy=MASKED)
-    assert feed(session, PlanArrived(better)) == [Fetch(better)]
+    assert feed(session, PlanArrived(better)) == [JoinSum(better), Fetch(better)]
 
 
 def test_a_later_attempt_cannot_take_back_what_was_promised() -> None:
