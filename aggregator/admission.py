@@ -17,6 +17,7 @@ from federation.errors import PeerError, Rejection
 from federation.wire.codec import Schema, decode, max_encoded_bytes
 from federation.wire.messages import AgentMessage, Decline, UpdateOffer
 from federation.wire.signing import Purpose, unseal
+from federation.wire.terms import SampleTerms
 
 LARGEST_NORM = 2.0**60
 """Of an update, whatever the settings say: times the largest ``rounds.server_learning_rate`` (1e12, below 2^40) the model's
@@ -38,6 +39,7 @@ class OpenRound:
         schema: Tensor name -> shape of the model.
         accepted: Agent -> SHA-256 of its accepted update.
         masking: Set where updates are masked: only those of its attempt count, and their length is exact.
+        sample: Terms of the plan for samples.
     """
 
     run: str
@@ -50,6 +52,7 @@ class OpenRound:
     schema: Schema
     accepted: Mapping[str, str] = field(default_factory=dict)
     masking: Masking | None = None
+    sample: SampleTerms | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -125,7 +128,7 @@ def check_offer(offer: UpdateOffer, agent: str, state: OpenRound, limits: Limits
 
     Raises:
         PeerError: The codes of :func:`check_round`, and ``duplicate``, ``wrong_base``, ``wrong_encoding``,
-            ``wrong_length`` or ``bad_sample_count``.
+            ``wrong_length``, ``bad_sample_count``, ``missing_spent`` or ``wrong_spent``.
     """
     if (
         offer.run == state.run
@@ -160,6 +163,7 @@ def check_offer(offer: UpdateOffer, agent: str, state: OpenRound, limits: Limits
         raise PeerError(
             Rejection.BAD_SAMPLE_COUNT, f"{offer.samples} samples, at most {limits.max_samples} are believed"
         )
+    _check_spent(offer, state.sample)
     return False
 
 
@@ -187,3 +191,38 @@ def check_update(
     if norm > bound:
         raise PeerError(Rejection.NORM_TOO_LARGE, f"L2 norm {norm:.4g}, at most {bound:.4g}")
     return delta
+
+
+def _check_spent(offer: UpdateOffer, terms: SampleTerms | None) -> None:
+    """Check that a device says what it has spent, and that it fits the plan.
+
+    It is the device's own word: this finds faults, not lies. A device that lies hurts nobody's privacy but its own.
+
+    Raises:
+        PeerError: ``missing_spent`` or ``wrong_spent``.
+    """
+    if terms is None:
+        return
+    spent = offer.spent
+    if spent is None:
+        raise PeerError(
+            Rejection.MISSING_SPENT, "the plan has terms for samples: the offer must say what was spent"
+        )
+    faults = (
+        (
+            spent.clip_norm != terms.clip_norm,
+            f"clip norm {spent.clip_norm:g}, the plan has {terms.clip_norm:g}",
+        ),
+        (spent.delta != terms.delta, f"delta {spent.delta:g}, the plan has {terms.delta:g}"),
+        (
+            spent.noise_multiplier < terms.noise_multiplier,
+            f"noise multiplier {spent.noise_multiplier:g}, the plan has {terms.noise_multiplier:g}",
+        ),
+        (
+            terms.epsilon and spent.round_epsilon > terms.epsilon,
+            f"epsilon {spent.round_epsilon:g} in one round, the plan has {terms.epsilon:g} for the run",
+        ),
+    )
+    for wrong, detail in faults:
+        if wrong:
+            raise PeerError(Rejection.WRONG_SPENT, detail)

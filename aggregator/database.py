@@ -47,6 +47,10 @@ CREATE TABLE IF NOT EXISTS noisy_rounds (
     expected REAL NOT NULL, epsilon REAL NOT NULL, delta REAL NOT NULL, digest TEXT, encoding TEXT, next_clip_norm REAL,
     PRIMARY KEY (run, round)
 ) STRICT;
+CREATE TABLE IF NOT EXISTS spent (
+    run TEXT NOT NULL, round INTEGER NOT NULL, agent TEXT NOT NULL, entry INTEGER NOT NULL, spent TEXT NOT NULL, at REAL NOT NULL,
+    PRIMARY KEY (run, round, agent)
+) STRICT;
 CREATE TABLE IF NOT EXISTS declines (
     round INTEGER NOT NULL, agent TEXT NOT NULL, code TEXT NOT NULL, reason TEXT NOT NULL, at REAL NOT NULL,
     PRIMARY KEY (round, agent)

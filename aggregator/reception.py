@@ -28,7 +28,14 @@ REFUSAL_LOG_INTERVAL_S = 1.0
 """At most one refusal per agent and code is written to disk in this time: a flood must not wear the disk out."""
 
 FINAL = frozenset(
-    {Rejection.WRONG_BASE, Rejection.WRONG_ENCODING, Rejection.WRONG_LENGTH, Rejection.BAD_SAMPLE_COUNT}
+    {
+        Rejection.WRONG_BASE,
+        Rejection.WRONG_ENCODING,
+        Rejection.WRONG_LENGTH,
+        Rejection.BAD_SAMPLE_COUNT,
+        Rejection.MISSING_SPENT,
+        Rejection.WRONG_SPENT,
+    }
 )
 """Refusals of an offer that mean that a member of the cohort has nothing better to offer in this round: it drops a
 refused update, so waiting for it until the deadline would be in vain."""

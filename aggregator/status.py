@@ -10,6 +10,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from aggregator.spending import StoredSpent, last_spent
 from aggregator.store import Store
 from aggregator.traffic import StoredTraffic, TrafficLog
 from federation.wire.messages import Traffic
@@ -99,6 +100,7 @@ def collect(folder: Path) -> Report:
             of_round[key] = of_round.get(key, Traffic()).plus(entry.moved)
             of_agent.setdefault(entry.agent, []).append(entry)
         uploads = {upload.agent: upload for upload in traffic.uploads()}
+        spending = last_spent(store)
         rounds = []
         for row in store.rounds():
             updates = store.updates(row.round)
@@ -129,6 +131,7 @@ def collect(folder: Path) -> Report:
                 "capabilities": msgspec.to_builtins(agent.capabilities),
                 "telemetry": msgspec.to_builtins(agent.telemetry),
                 "upload": msgspec.to_builtins(uploads.get(agent.agent)),
+                "spent": _spent(spending.get(agent.agent)),
                 **_account(of_agent.get(agent.agent, [])),
             }
             for agent in store.agents()
@@ -212,6 +215,7 @@ def agents_table(agents: list[dict[str, Any]]) -> Table:
         "°C",
         "KB up/down",
         "MB up/down",
+        "epsilon (delta)",
         "doing",
         box=None,
         pad_edge=False,
@@ -230,6 +234,7 @@ def agents_table(agents: list[dict[str, Any]]) -> Table:
             _number(health.get("temperature_c"), ".0f"),
             "" if last is None else _both(Traffic(**last), 1e3, ",.0f"),
             "" if total is None else _both(Traffic(**total), 1e6, ",.1f"),
+            _epsilon(row["spent"]),
             _doing(health, row["upload"]) if row["online"] else "",
         )
     return table
@@ -242,6 +247,19 @@ def _account(entries: list[StoredTraffic]) -> dict[str, Any]:
     last = {"round": entries[-1].round, "moved": entries[-1].moved}
     whole = reduce(Traffic.plus, (entry.moved for entry in entries))
     return {"last_round": msgspec.to_builtins(last), "all_rounds": msgspec.to_builtins(whole)}
+
+
+def _spent(last: StoredSpent | None) -> dict[str, Any] | None:
+    """What a device says that it has spent on its data so far; ``went_back`` when that leaves something out."""
+    if last is None:
+        return None
+    return {**msgspec.to_builtins(last.spent), "round": last.round, "went_back": last.went_back}
+
+
+def _epsilon(spent: dict[str, Any] | None) -> str:
+    if spent is None:
+        return ""
+    return f"{'> ' if spent['went_back'] else ''}{spent['epsilon']:.2f} ({spent['delta']:g})"
 
 
 def _doing(health: dict[str, Any], upload: dict[str, Any] | None) -> Text:

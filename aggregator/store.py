@@ -20,6 +20,7 @@ import msgspec
 
 from aggregator.database import Database
 from aggregator.records import StoredAgent, StoredRound, StoredUpdate, StoredVersion
+from aggregator.spending import record_spent
 from federation.errors import Rejection
 from federation.files import disk_error, sync_folder, write_whole
 from federation.task.checkpoint import FOLDER, checkpoint_path
@@ -167,6 +168,8 @@ class Store(Database):
                     time.time(),
                 ),
             )
+            if offer.spent is not None:
+                record_spent(db, offer.run, number, agent, offer.spent)
 
     def updates(self, number: int) -> dict[str, StoredUpdate]:
         """Accepted updates of a round, by agent, sorted by name."""

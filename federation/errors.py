@@ -38,6 +38,8 @@ class Rejection(StrEnum):
     NON_FINITE = "non_finite"
     NORM_TOO_LARGE = "norm_too_large"
     BAD_SAMPLE_COUNT = "bad_sample_count"
+    MISSING_SPENT = "missing_spent"
+    WRONG_SPENT = "wrong_spent"
 
 
 class FedgeError(Exception):

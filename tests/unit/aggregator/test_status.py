@@ -31,6 +31,7 @@ def report(device: str = "cpu", detail: str = "L2 norm 9, at most 5") -> Report:
         "capabilities": {"device": device, "samples": 10},
         "telemetry": {"phase": device},
         "upload": None,
+        "spent": {"epsilon": 1.234, "delta": 1e-5, "went_back": True},
         "last_round": None,
     }
     refusal = {"round": 1, "agent": "pi1", "code": "norm_too_large", "detail": detail, "at": 0.0}
@@ -48,6 +49,7 @@ def test_rounds_agents_and_refusals_are_shown(monkeypatch: pytest.MonkeyPatch) -
         "1/5",
         "50.00%",
         "cpu",
+        "> 1.23 (1e-05)",
         "norm_too_large 1",
         "at most 5",
         "pi2  terms: no masks",
