@@ -4,6 +4,7 @@ from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 
+from aggregator.central_noise import CentralNoise
 from aggregator.folding import Down, Fold, FoldResult
 from aggregator.masked_sum import MaskedFold
 from aggregator.masking import Masking
@@ -35,15 +36,23 @@ class Averaging:
     Args:
         store: Holds updates and checkpoints.
         task: What is learned.
+        noise: Of client-level privacy, where it is on.
         strategy: The server step.
         down: How the global model's change is encoded.
         post: Takes :class:`Averaged`, or the exception that ended the work; from any thread.
     """
 
     def __init__(
-        self, store: Store, task: TaskSpec, strategy: Strategy, down: Down, post: Callable[[object], None]
+        self,
+        store: Store,
+        task: TaskSpec,
+        noise: CentralNoise,
+        strategy: Strategy,
+        down: Down,
+        post: Callable[[object], None],
     ) -> None:
-        self._store, self._task, self._strategy, self._down, self._post = store, task, strategy, down, post
+        self._store, self._task, self._noise = store, task, noise
+        self._strategy, self._down, self._post = strategy, down, post
         # One thread: updates are added one after the other, and never while they are averaged.
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="averaging")
         self._fold: Fold | None = None
@@ -104,7 +113,10 @@ class Averaging:
 
     def _of_round(self, number: int, encoding: str) -> Fold:
         if self._fold is None or self._fold.round != number:
-            self._fold = Fold(self._store, self._info(number), self.schema(number), encoding)
+            noise, equal = self._noise.of_round(number), self._noise.equal
+            self._fold = Fold(
+                self._store, self._info(number), self.schema(number), encoding, noise, equal=equal
+            )
         return self._fold
 
     def _info(self, number: int) -> CheckpointInfo:

@@ -1,4 +1,4 @@
-"""The heavy work of a round, away from the event loop: check an update, average them, evaluate the result."""
+"""The heavy work of a round, away from the event loop: check an update, average them."""
 
 import mmap
 import time
@@ -18,7 +18,6 @@ from aggregator.strategies import Accumulator, EqualWeights, Strategy
 from aggregator.versions import WHOLE
 from federation.errors import PeerError, VerificationError
 from federation.task.checkpoint import CheckpointInfo, checkpoint_bytes, read_checkpoint
-from federation.task.model_card import HoldOutMetrics
 from federation.wire.codec import Schema, decode, encode
 from federation.wire.noise import noise_bounds
 from federation.wire.objects import PartialObject
@@ -208,38 +207,3 @@ def write_version(
     if frame is not None:
         store.write_delta(number, frame)
     return store.write_checkpoint(number, checkpoint_bytes(info, model)), version
-
-
-class Evaluator:
-    """Evaluates checkpoints on the hold-out set. Imports torch when it is made, and keeps model and data.
-
-    Args:
-        data_spec: The hold-out set (``federation.task.data``).
-        info: Any checkpoint's: its task is the federation's.
-
-    Raises:
-        ConfigError: If the data cannot be opened.
-    """
-
-    def __init__(self, data_spec: str, info: CheckpointInfo) -> None:
-        from federation.task.data import open_data
-        from federation.task.models import build
-
-        self._data = open_data(data_spec, info.task, train=False)
-        self._model = build(info.task)
-
-    def evaluate(self, checkpoint: Path) -> tuple[HoldOutMetrics, float]:
-        """Evaluate one checkpoint.
-
-        Returns:
-            The metrics, and the seconds that it took.
-        """
-        from federation.task.evaluate import evaluate
-        from federation.task.models import load_arrays
-
-        began = time.monotonic()
-        _, arrays = read_checkpoint(checkpoint)
-        load_arrays(self._model, arrays)
-        result = evaluate(self._model, self._data)
-        metrics = HoldOutMetrics(loss=result.loss, accuracy=result.accuracy, samples=result.samples)
-        return metrics, time.monotonic() - began

@@ -5,8 +5,8 @@ from pathlib import Path
 
 import msgspec
 
+from aggregator.central_noise import CentralNoise
 from aggregator.config import AggregatorConfig
-from aggregator.promises import terms_of
 from aggregator.records import StoredRound
 from aggregator.rounds import Masked, OpenRound
 from aggregator.secure_round import SecureRounds
@@ -26,16 +26,23 @@ class Plans:
         store: Knows the run.
         versions: Of the global model.
         secure: Knows what an interrupted round has promised.
+        noise: Has paid for the round's noise, if there is any.
 
     Attributes:
         encoding: Of the updates of the rounds that are opened from now on.
     """
 
     def __init__(
-        self, config: AggregatorConfig, task: TaskSpec, store: Store, versions: Versions, secure: SecureRounds
+        self,
+        config: AggregatorConfig,
+        task: TaskSpec,
+        store: Store,
+        versions: Versions,
+        secure: SecureRounds,
+        noise: CentralNoise,
     ) -> None:
         self._config, self._task, self._store = config, task, store
-        self._versions, self._secure = versions, secure
+        self._versions, self._secure, self._noise = versions, secure, noise
         secagg = config.privacy.secagg
         self.encoding = masked_encoding(secagg.modulus_bits) if secagg.enabled else config.up_encoding
 
@@ -75,9 +82,8 @@ class Plans:
             The plan, and all that must be on the broker, with the files that hold it.
         """
         offered = self._versions.offer(command.round - 1, chunk_bytes)
-        run = self._store.run
         plan = RoundPlan(
-            run=run,
+            run=self._store.run,
             round=command.round,
             attempt=command.attempt,
             task=self._task,
@@ -92,7 +98,7 @@ class Plans:
             deadline_s=max(command.deadline_s, 1.0),
             issued_at=time.time(),
             upload_chunk_bytes=chunk_bytes,
-            privacy=terms_of(self._config, run, command.round, command.attempt),
+            privacy=self._noise.terms(command.round, command.attempt),
         )
         if plan.privacy.secagg is not None:
             said = self._secure.recall(command.round, command.attempt)

@@ -15,9 +15,11 @@ import structlog
 from aggregator.admission import Limits, OpenRound
 from aggregator.announcements import Announcements
 from aggregator.averaging import Averaged, Averaging
+from aggregator.central_noise import CentralNoise
 from aggregator.config import AggregatorConfig
 from aggregator.enrolment import Enrolment
-from aggregator.folding import Down, Evaluator, FoldResult
+from aggregator.evaluation import Evaluation, EvaluationDone
+from aggregator.folding import Down, FoldResult
 from aggregator.plans import Plans
 from aggregator.presence import Presence
 from aggregator.reception import Checked, Reception
@@ -49,7 +51,6 @@ from aggregator.traffic import TrafficLog, Watch
 from aggregator.versions import Versions
 from federation.errors import Rejection
 from federation.task.checkpoint import CheckpointInfo
-from federation.task.model_card import HoldOutMetrics
 from federation.wire.address import BrokerAddress
 from federation.wire.inbox import DEFAULT_INBOX_BYTES
 from federation.wire.link import (
@@ -74,13 +75,6 @@ CHECKERS = 2
 
 ACCOUNTS_S = 5.0
 """How long the end of a run waits for the agents' traffic. Under the lowest cap a report waits 4 s behind a chunk."""
-
-
-@dataclass(frozen=True, slots=True)
-class _EvaluationDone:
-    round: int
-    metrics: HoldOutMetrics | None
-    seconds: float
 
 
 @dataclass(frozen=True, slots=True)
@@ -122,9 +116,11 @@ class Service:
             will=self._announced.will,
         )
         self._executor = ThreadPoolExecutor(CHECKERS, thread_name_prefix="worker")
+        self._noise = CentralNoise(config, store)
         self._averaging = Averaging(
             store,
             task,
+            self._noise,
             FedAvg(config.rounds.server_learning_rate),
             Down(config.down_encoding, config.max_noise, config.train.seed),
             self._inbox.post,
@@ -138,7 +134,7 @@ class Service:
             key_of=enrolment.key_of,
             phase_s=config.privacy.secagg.phase_s,
         )
-        self._plans = Plans(config, task, store, self._versions, self._secure)
+        self._plans = Plans(config, task, store, self._versions, self._secure, self._noise)
         self._reception = Reception(
             link=self._link,
             topics=self._topics,
@@ -162,7 +158,7 @@ class Service:
             self._link, self._topics, store, lambda version: self._inbox.post(_ModelPresent(version))
         )
         self._watch = Watch(TrafficLog(store), self._link, self._reception.progress)
-        self._evaluator: Evaluator | None = None
+        self._evaluation = Evaluation(store, self._submit)
         self._stopping = False
         past = store.rounds()
         closed = [row for row in past if row.phase == "closed"]
@@ -172,6 +168,8 @@ class Service:
             round=closed[-1].round if closed else 0,
             accuracies=[row.accuracy for row in closed if row.accuracy is not None],
             masked=self._plans.masked,
+            draw=self._noise.draw,
+            budget=self._noise.budget(),
         )
         self._interrupted = past[-1] if past and past[-1].phase != "closed" else None
         self._encoding = self._plans.encoding
@@ -194,7 +192,9 @@ class Service:
         self._link.start()
         try:
             self._link.wait_connected(self._config.broker.connect_timeout_s)
-            self._prepare_evaluation()
+            if self._config.task.holdout:
+                info = CheckpointInfo(federation=self._config.federation, round=0, task=self._task)
+                self._evaluation.prepare(self._config.task.holdout, info)
             start = self._rounds.start(time.monotonic(), self._record(), evaluate_first=self._unevaluated)
             self._feed(self._act(start, time.monotonic()), time.monotonic())
             while not self._stopping and self._rounds.phase is not Phase.FINISHED:
@@ -231,11 +231,6 @@ class Service:
             cohort=len(row.cohort),
         )
         return RoundRecord(row.round, row.attempt, row.cohort, delivered, Phase(row.phase), remaining)
-
-    def _prepare_evaluation(self) -> None:
-        if self._config.task.holdout:
-            info = CheckpointInfo(federation=self._config.federation, round=0, task=self._task)
-            self._evaluator = Evaluator(self._config.task.holdout, info)
 
     # --- the loop -------------------------------------------------------------------------------------------------
 
@@ -294,8 +289,9 @@ class Service:
                 return self._reception.checked(item, now)
             case Averaged(number, result):
                 return self._folded(number, result)
-            case _EvaluationDone(number, metrics, seconds):
-                return [Evaluated(self._keep_metrics(number, metrics, seconds))]
+            case EvaluationDone():
+                self._versions.prune(self._config.keep_checkpoints)
+                return [Evaluated(self._evaluation.keep(item))]
             case _ModelPresent(version):
                 if self._announced.model_present(version, self._link, now):
                     return self._secure.announced(now, self._store.updates(self._rounds.round))
@@ -379,7 +375,7 @@ class Service:
                 case FoldCommand(number, agents):
                     self._fold(number, agents)
                 case Evaluate(number):
-                    self._evaluate(number)
+                    self._evaluation.begin(number)
                 case Wait(number, missing):
                     reason = f"waiting for {missing} more agents" if missing else "waiting for more agents"
                     log.info("waiting_for_agents", round=number, missing=missing)
@@ -392,6 +388,7 @@ class Service:
     def _open(self, command: OpenCommand) -> None:
         if self._interrupted is None or self._interrupted.round != command.round:
             self._encoding = self._plans.encoding
+        self._noise.open(command.round, wanted=self._rounds.wanted, online=len(self._rounds.online))
         plan, objects = self._plans.make(command, self._encoding, self._chunk_bytes(), self._rounds.wanted)
         self._store.open_round(
             command.round,
@@ -402,6 +399,8 @@ class Service:
             deadline_s=command.deadline_s,
             masked=plan.privacy.secagg is not None,
         )
+        if not command.cohort:  # a secret draw of nobody: there is nobody to tell
+            return
         masking = None
         if plan.privacy.secagg is not None:
             self._secure.open(plan)
@@ -419,6 +418,7 @@ class Service:
                 schema=self._averaging.schema(plan.round),
                 accepted={agent: update.sha256 for agent, update in accepted.items()},
                 masking=masking,
+                sample=plan.privacy.sample,
             )
         )
         for agent in accepted:  # by an earlier process; those of an earlier attempt have been added
@@ -450,25 +450,6 @@ class Service:
         self._store.start_folding(number)
         self._reception.shut()
         self._averaging.close(number, agents, self._encoding)
-
-    def _evaluate(self, number: int) -> None:
-        evaluator = self._evaluator
-        if evaluator is None:
-            self._inbox.post(_EvaluationDone(number, None, 0.0))
-            return
-        path = self._store.checkpoint_path(number)
-        self._submit(lambda: _EvaluationDone(number, *evaluator.evaluate(path)))
-
-    def _keep_metrics(self, number: int, metrics: HoldOutMetrics | None, seconds: float) -> float | None:
-        self._versions.prune(self._config.keep_checkpoints)
-        if metrics is None:
-            return None
-        self._store.write_metrics(number, metrics)
-        self._store.record_evaluation(number, metrics.loss, metrics.accuracy, seconds)
-        log.info(
-            "round_evaluated", round=number, accuracy=round(metrics.accuracy, 4), loss=round(metrics.loss, 4)
-        )
-        return metrics.accuracy
 
     def _idle(self, number: int, reason: str, *, finished: bool) -> None:
         plan = IdlePlan(
