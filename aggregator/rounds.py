@@ -456,6 +456,10 @@ class Rounds:
         self.cohort = tuple(sorted({*self.cohort, *invited}))
         enough = self.draw is None and len(self.cohort) - len(gone) >= self.config.min_agents
         self.excused = gone if enough else set()
+        if (
+            self.masked is not None and self.excused
+        ):  # nothing of theirs is left: the sum is that of the others
+            self.cohort, self.excused = tuple(sorted(set(self.cohort) - gone)), set()
         self._deadline = now + self.config.deadline_s
         again = OpenRound(self.round, self.attempt, self.cohort, self.config.deadline_s)
         return self._close() if len(self.delivered) >= max(self.wanted, self.quorum) else [again]

@@ -33,6 +33,7 @@ from federation.wire.masking import (
 from federation.wire.messages import RoundPlan
 from federation.wire.signing import AGGREGATOR, Purpose, seal
 from federation.wire.topics import Topics
+from privacy.distributed import least_survivors
 from privacy.secagg import server_messages as machine
 from privacy.secagg.agreement import PublicKeys, Terms, context_of
 from privacy.secagg.errors import RefusedError
@@ -122,7 +123,15 @@ class SecureRounds:
         server = Server(
             context,
             plan.cohort,
-            Terms(min_agents=terms.min_agents, dropouts=terms.dropouts),
+            Terms(
+                min_agents=least_survivors(
+                    terms.min_agents,
+                    agents=len(plan.cohort),
+                    dropouts=terms.dropouts,
+                    noise_multiplier=terms.noise_multiplier,
+                ),
+                dropouts=terms.dropouts,
+            ),
             phase_s=self._phase_s,
         )
         self._attempt = _Attempt(plan, server, journal)

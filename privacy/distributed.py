@@ -31,6 +31,18 @@ def least_agents(agents: int, dropouts: float) -> int:
     return max(1, agents - floor(agents * dropouts))
 
 
+def least_survivors(min_agents: int, *, agents: int, dropouts: float, noise_multiplier: float) -> int:
+    """Least devices whose sum may be opened: as many as were promised, and under noise as many as give enough of it.
+
+    Args:
+        min_agents: That were promised.
+        agents: Of the cohort.
+        dropouts: Share of the cohort that may drop out.
+        noise_multiplier: 0 for no noise.
+    """
+    return max(min_agents, least_agents(agents, dropouts)) if noise_multiplier else min_agents
+
+
 def noise_if_all_stay(noise_multiplier: float, agents: int, dropouts: float) -> float:
     """Deviation of the noise in the sum when nobody drops out: ``z sqrt(n / n')``, in the units of z."""
     return noise_multiplier * sqrt(agents / least_agents(agents, dropouts))
