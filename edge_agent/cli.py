@@ -9,7 +9,7 @@ import typer
 from edge_agent.inference.command import infer
 from federation import __version__
 from federation.cli import new_app, run
-from federation.errors import ConfigError
+from federation.errors import BudgetExhaustedError, ConfigError
 from federation.logs import LogFormat, configure
 
 app = new_app("Take part in a federation from a device: train where the data is, run the model there.")
@@ -196,6 +196,35 @@ def doctor(
     if as_json:
         typer.echo(msgspec.json.format(msgspec.json.encode(result), indent=2))
     raise typer.Exit(result.exit_code)
+
+
+@app.command()
+def budget(
+    bundle: BundleArgument,
+    state: Annotated[Path | None, typer.Option("--state", help="As for `run`.")] = None,
+    file: Annotated[Path | None, typer.Option("--config", "-c", help="As for `run`.")] = None,
+    max_epsilon: MaxEpsilonOption = None,
+    newest: Annotated[int, typer.Option("--rounds", min=0, help="Newest rounds to list; 0 is all.")] = 20,
+    as_json: Annotated[bool, typer.Option("--json", help="For programs.")] = False,
+) -> None:
+    """Show what this device has spent of its privacy budget, what is left, and what one more round would cost.
+
+    Give the settings with which the agent runs. Exits with 4 if the budget is exhausted, and with 5 if the ledger
+    cannot be trusted. An agent that runs with the same bundle is not disturbed.
+    """
+    import msgspec
+
+    from edge_agent.budget import collect, exhausted_text, render
+    from edge_agent.config import AgentConfig
+    from federation.config import load
+
+    configure(level="error")
+    settings = load(AgentConfig, file=file, flags={"privacy.max_epsilon": max_epsilon})
+    folder = state or (Path(settings.state_dir) if settings.state_dir else default_state(bundle))
+    report = collect(bundle, folder, settings.privacy, newest)
+    typer.echo(msgspec.json.format(msgspec.json.encode(report), indent=2) if as_json else render(report))
+    if report.exhausted:
+        raise BudgetExhaustedError(exhausted_text(report))
 
 
 def default_state(bundle: Path) -> Path:
