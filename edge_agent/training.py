@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     from torch import nn
 
     from federation.task.images import ImageData
+    from privacy.budget import PrivateRound
 
 DEFAULT_MEMORY_LIMIT_MB = 512
 """Decoded images beyond it are decoded anew for each batch."""
@@ -115,9 +116,17 @@ class TorchTrainer:
     def samples(self, task: TaskSpec) -> int:
         """How many local images there are to learn ``task`` from. Opens and checks them the first time.
 
+        Whether a model that is made for private training can be trained here is checked too, before anything is paid for it.
+
         Raises:
-            ConfigError: See :func:`federation.task.data.open_data`.
+            ConfigError: See :func:`federation.task.data.open_data` and :func:`federation.task.models.build`.
+            TrainingError: If there can be no private training: Opacus is missing, or does not know a layer.
         """
+        if task.dp_ready:
+            from edge_agent.private_training import check_model
+
+            self._set_up()
+            check_model(self._model(task))
         return len(self._data(task))
 
     def initial(self, task: TaskSpec, seed: int) -> dict[str, np.ndarray]:
@@ -133,7 +142,12 @@ class TorchTrainer:
         return state_arrays(build(task, seed=seed))
 
     def train(
-        self, base: Mapping[str, np.ndarray], plan: RoundPlan, agent: str, cancelled: Callable[[], bool]
+        self,
+        base: Mapping[str, np.ndarray],
+        plan: RoundPlan,
+        agent: str,
+        cancelled: Callable[[], bool],
+        private: PrivateRound | None = None,
     ) -> Trained:
         """Train for one round.
 
@@ -142,15 +156,22 @@ class TorchTrainer:
             plan: What and how.
             agent: This device's name; decides on the order of its images.
             cancelled: Asked before each batch.
+            private: What was paid for under the plan's terms for samples; carried out to the letter.
 
         Raises:
             Cancelled: Soon after ``cancelled()`` turned true.
-            TrainingError: If torch cannot be imported, the loss is not finite, or memory does not suffice.
+            TrainingError: If torch or Opacus cannot be imported, the loss is not finite, memory does not suffice, or the plan
+                promises privacy for samples that nothing was paid for.
             ConfigError: If the data, the model or ``base`` does not fit the task.
         """
+        if plan.privacy.sample is not None and private is None:
+            raise TrainingError(
+                f"round {plan.round} promises privacy for samples, but no noise was paid for: nothing is trained without it"
+            )
         self._set_up()
         import torch
 
+        from edge_agent import private_training
         from federation.task.models import load_arrays
 
         began = time.monotonic()
@@ -159,8 +180,13 @@ class TorchTrainer:
             load_arrays(model, base)
             seed = round_seed(plan, agent)
             torch.manual_seed(seed)
-            loss, accuracy, steps = self._fit(model, data, plan.train, np.random.default_rng(seed), cancelled)
-            delta = _difference(model, base)
+            if private is None:
+                fitted = self._fit(model, data, plan.train, np.random.default_rng(seed), cancelled)
+                delta = _difference(model, base)
+            else:
+                fitted = private_training.fit(model, data, plan.train, private, self._device, cancelled)
+                delta = _difference(model, base)
+                private_training.refuse_statistics(model, delta)
             train_s = time.monotonic() - began
         except (MemoryError, RuntimeError) as error:
             if not _is_out_of_memory(error):
@@ -178,13 +204,14 @@ class TorchTrainer:
             "model_trained",
             round=plan.round,
             samples=len(data),
-            steps=steps,
-            loss=round(loss, 4),
+            steps=fitted.steps,
+            **fitted.told,
             train_s=round(train_s, 2),
         )
-        return Trained(
-            delta, len(data), TrainMetrics(loss=loss, accuracy=accuracy, steps=steps, train_s=train_s)
+        metrics = TrainMetrics(
+            loss=fitted.loss, accuracy=fitted.accuracy, steps=fitted.steps, train_s=train_s
         )
+        return Trained(delta, len(data), metrics)
 
     def _set_up(self) -> None:
         """Import torch and set it up, before it is used for the first time."""
@@ -209,11 +236,9 @@ class TorchTrainer:
         spec: TrainSpec,
         random: np.random.Generator,
         cancelled: Callable[[], bool],
-    ) -> tuple[float, float, int]:
-        """The training loop. Returns the last epoch's mean loss and accuracy, and the steps taken in all."""
+    ) -> Fitted:
+        """The training loop."""
         import torch
-
-        from federation.task.models import float_tensors
 
         optimizer = make_optimizer(model, spec)
         batch_norm = _has_batch_norm(model)
@@ -249,9 +274,8 @@ class TorchTrainer:
                 raise _diverged("the loss", spec)
             if steps == spec.max_steps:
                 break
-        if not all(bool(torch.isfinite(tensor).all()) for tensor in float_tensors(model).values()):
-            raise _diverged("a weight", spec)
-        return loss, accuracy, steps
+        require_finite(model, spec)
+        return Fitted(steps, {"loss": round(loss, 4)}, loss, accuracy)
 
     def _data(self, task: TaskSpec) -> ImageData:
         from federation.task.data import open_data
@@ -292,6 +316,37 @@ class TorchTrainer:
             for name, value in counters.items():
                 state[name].copy_(value)
         return model.train()
+
+
+@dataclass(frozen=True, slots=True)
+class Fitted:
+    """What a training loop gives besides the trained model.
+
+    Attributes:
+        steps: Taken in all.
+        told: For the log on the device.
+        loss: Mean over the last epoch; None where it is private.
+        accuracy: Likewise.
+    """
+
+    steps: int
+    told: dict[str, float | str]
+    loss: float | None = None
+    accuracy: float | None = None
+
+
+def require_finite(model: nn.Module, spec: TrainSpec) -> None:
+    """Refuse to go on with a model that has diverged.
+
+    Raises:
+        TrainingError: It names the learning rate.
+    """
+    import torch
+
+    from federation.task.models import float_tensors
+
+    if not all(bool(torch.isfinite(tensor).all()) for tensor in float_tensors(model).values()):
+        raise _diverged("a weight", spec)
 
 
 def _batches(

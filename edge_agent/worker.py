@@ -12,13 +12,17 @@ from numpy.typing import NDArray
 
 from edge_agent.base_model import Arrays, Recipe, make_base
 from edge_agent.guard import Guard, TermsUnfitError
+from edge_agent.kept_training import KeptTraining, Training
+from edge_agent.masking import mask_update
 from edge_agent.outbox import Outbox
-from edge_agent.session import BaseUnusable, UpdateReady, WorkFailed
+from edge_agent.session import BaseUnusable, TrainingKept, UpdateReady, WorkFailed, masked
 from edge_agent.training import Cancelled, Trained, round_seed
 from federation.errors import BudgetExhaustedError, ConfigError, FedgeError, VerificationError
 from federation.task.names import is_plugin
-from federation.wire.messages import DeclineCode, RoundPlan, TaskSpec, UpdateOffer
+from federation.wire.messages import DeclineCode, RoundPlan, TaskSpec
 from privacy.budget import PrivateRound
+from privacy.secagg.errors import RefusedError
+from privacy.secagg.masks import MaskPlan
 
 log = structlog.get_logger()
 
@@ -54,10 +58,11 @@ class Worker:
         trainer: Trains.
         outbox: Takes the update.
         guard: Pays for private training.
+        kept: Takes what is to be masked.
         federation: Its federation.
         agent: This device's name.
         plugins: Plug-in models that a plan may name.
-        post: Takes :class:`UpdateReady`, :class:`BaseUnusable` or :class:`WorkFailed`; or an exception that is a defect, to be raised in
+        post: Takes :class:`UpdateReady`, :class:`TrainingKept`, :class:`BaseUnusable` or :class:`WorkFailed`; or an exception that is a defect, to be raised in
             the loop rather than lost in a thread.
     """
 
@@ -66,13 +71,14 @@ class Worker:
         trainer: Trainer,
         outbox: Outbox,
         guard: Guard,
+        kept: KeptTraining,
         *,
         federation: str,
         agent: str,
         plugins: frozenset[str],
         post: Callable[[object], None],
     ) -> None:
-        self._trainer, self._outbox, self._guard = trainer, outbox, guard
+        self._trainer, self._outbox, self._guard, self._kept = trainer, outbox, guard, kept
         self._federation, self._agent = federation, agent
         self._plugins, self._post = plugins, post
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="trainer")
@@ -89,6 +95,17 @@ class Worker:
         self._cancel = cancel = Flag()
         log.info("training_started", round=plan.round, model=plan.task.model, epochs=plan.train.epochs)
         self._thread.submit(self._work, plan, recipe, largest_chunk, cancel)
+
+    def mask(self, plan: RoundPlan, masks: MaskPlan, largest_chunk: int) -> None:
+        """Mask what was trained, after what is under way.
+
+        Args:
+            plan: The attempt.
+            masks: Of that attempt.
+            largest_chunk: That the device's own link takes, bytes.
+        """
+        self._cancel = cancel = Flag()
+        self._thread.submit(self._mask, plan, masks, largest_chunk, cancel)
 
     def cancel(self) -> None:
         """Stop what is under way; nothing is handed back for it."""
@@ -108,7 +125,7 @@ class Worker:
             except VerificationError as error:
                 self._post(BaseUnusable(plan.run, plan.round, str(error)))
                 return
-            self._post(UpdateReady(self._make_update(plan, base, largest_chunk, cancel)))
+            self._post(self._make_update(plan, base, largest_chunk, cancel))
         except Cancelled:
             log.info("training_cancelled", round=plan.round)
         except FedgeError as error:
@@ -123,7 +140,30 @@ class Worker:
                 f"start it with --allow-model {plan.task.model}"
             )
 
-    def _make_update(self, plan: RoundPlan, base: Arrays, largest_chunk: int, cancel: Flag) -> UpdateOffer:
+    def _mask(self, plan: RoundPlan, masks: MaskPlan, largest_chunk: int, cancel: Flag) -> None:
+        try:
+            training, delta = self._kept.take()
+            data = mask_update(plan, delta, masks)
+            if cancel.is_set():
+                return
+            offer = self._outbox.put_masked(
+                plan,
+                data,
+                metrics=training.metrics,
+                spent=training.spent,
+                chunk_bytes=min(plan.upload_chunk_bytes, largest_chunk),
+            )
+            self._post(UpdateReady(offer))
+        except RefusedError as error:
+            log.info("masking_cancelled", round=plan.round, attempt=plan.attempt, reason=str(error))
+        except FedgeError as error:
+            self._post(WorkFailed(plan.run, plan.round, str(error), _code(error)))
+        except BaseException as error:  # noqa: BLE001 - see ``post``
+            self._post(error)
+
+    def _make_update(
+        self, plan: RoundPlan, base: Arrays, largest_chunk: int, cancel: Flag
+    ) -> UpdateReady | TrainingKept:
         samples = self._trainer.samples(plan.task) if plan.privacy.sample is not None else 0
         if cancel.is_set():
             raise Cancelled  # before it costs anything
@@ -131,17 +171,26 @@ class Worker:
         how = {} if paid is None else {"private": paid.private}
         trained = self._trainer.train(base, plan, self._agent, cancel.is_set, **how)
         tell = not plan.privacy.uniform  # else how many samples there are, and how well they fit, stays here
-        return self._outbox.put(
+        metrics = trained.metrics if tell else replace(trained.metrics, loss=None, accuracy=None)
+        spent = None if paid is None else paid.spent
+        if masked(plan):
+            self._kept.put(
+                Training(run=plan.run, round=plan.round, metrics=metrics, spent=spent), trained.delta
+            )
+            return TrainingKept(plan.run, plan.round)
+        offer = self._outbox.put(
             plan,
             base,
             trained.delta,
             samples=trained.samples if tell else 1,
-            metrics=trained.metrics if tell else replace(trained.metrics, loss=None, accuracy=None),
-            rng=np.random.default_rng(round_seed(plan, self._agent)),
+            metrics=metrics,
+            # Whoever knows the plan would know how a private update was rounded.
+            rng=np.random.default_rng(round_seed(plan, self._agent) if tell else None),
             chunk_bytes=min(plan.upload_chunk_bytes, largest_chunk),
             private=paid is not None,
-            spent=None if paid is None else paid.spent,
+            spent=spent,
         )
+        return UpdateReady(offer)
 
 
 def _code(error: FedgeError) -> DeclineCode:
