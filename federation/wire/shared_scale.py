@@ -15,15 +15,15 @@ step g: by magnitude, with the fraction as the probability to round up, so its e
 
     h = floor((R - 1) / 2 / n)      g = T C / (h sqrt(D))          n h <= (R - 1) / 2
 
-**With noise** (deviation z C in the sum if all n devices add theirs) the noise takes most of the room: sums are mod R, read
-as centred, and leave it with the probability of a Gaussian variable beyond T deviations. The deviation of a coordinate of
+**With noise** (of deviation z C in the sum if all n devices add theirs) the noise takes most of the room: sums are mod R, read
+as centred, and leave it with the probability of a Gaussian variable beyond E deviations. The deviation of a coordinate of
 the sum is at most, in units of C, with b = 1 / sqrt(D), and as stochastic rounding has a variance of at most min(g^2 / 4,
 g abs(y)) ::
 
-    S^2 = n^2 b^2 + z^2 + n min(g^2 / 4, g b)               R g / 2 = T S
+    S^2 = n^2 b^2 + z^2 + n min(g^2 / 4, g b)               (R - 1) g / 2 = E S
 
-No finer than pays: a coordinate has ``_COARSEST`` steps at most, and rounding adds to the variance of the noise
-``1 / (4 _FINENESS^2)`` of it at most.
+No finer than pays: T deviations of a coordinate have 32 steps at most, and the noise has a deviation of ``16 sqrt(n)`` steps at
+most, to whose variance n roundings add a thousandth.
 
 Agarwal, Kairouz and Liu 2021 (The Skellam Mechanism, algorithm 1) and Kairouz, Liu and Steinke 2021 (The Distributed
 Discrete Gaussian Mechanism, section 4) do the same with one rotation of the whole vector padded to a power of two, which
@@ -49,11 +49,15 @@ Entropy = Callable[[int], bytes]
 TAIL: Final = 6.0
 """Deviations of a coordinate that have room: a Gaussian variable is beyond them twice in 10^9."""
 
-_COARSEST: Final = 32.0
-"""Steps in ``TAIL`` deviations of a coordinate beyond which, under noise, a finer grid gains nothing."""
+_EDGE: Final = 5.0
+"""E: a coordinate of the sum leaves the modulus once in 1.7 million, when all updates are equal and as long as they may be.
+The error, 2 E deviations, is spread over all values when the vector is rotated back: it adds 0.003 % to that of the noise."""
 
-_FINENESS: Final = 16.0
-"""Steps in the noise of each of n devices, had all the same, beyond which a finer grid gains nothing."""
+_STEPS_OF_A_COORDINATE: Final = 32.0
+"""In ``TAIL`` deviations, beyond which a finer grid gains nothing under noise."""
+
+_STEPS_OF_A_SHARE: Final = 16.0
+"""In the deviation of the noise of one of n devices, beyond which a finer grid gains nothing."""
 
 _ROUNDING: Final = 2.0**-16
 """More than by which float32 arithmetic may lengthen a vector in the 26 additions of each value."""
@@ -168,7 +172,8 @@ class SharedScale:
         Args:
             update: float32, of the names and shapes of the schema.
             seed: Of the round's rotations, any bytes that all its devices share.
-            entropy: For stochastic rounding, 4 bytes for each value. Privacy under noise depends on it.
+            entropy: For stochastic rounding, 4 bytes for each value; the operating system is slow at it on some machines.
+                Privacy under noise depends on it.
 
         Returns:
             Shape ``(D,)``, of magnitude at most ``ceil(largest)``.
@@ -252,13 +257,13 @@ class SharedScale:
 
 def _noisy_step(room: int, agents: int, deviation: float, noise: float) -> float:
     """The g of the module's formula, in units of C: the smaller of its two solutions, but no finer than pays."""
-    steps = (room / 2 / TAIL) ** 2
+    steps = (room / 2 / _EDGE) ** 2
     fixed = (agents * deviation) ** 2 + noise**2
     # steps g^2 = fixed + n g^2 / 4, and steps g^2 = fixed + n g b
     quarter = sqrt(fixed / (steps - agents / 4)) if steps > agents / 4 else inf
     sparse = agents * deviation
     linear = (sparse + sqrt(sparse**2 + 4 * steps * fixed)) / (2 * steps)
-    finest = max(TAIL * deviation / _COARSEST, noise / (_FINENESS * sqrt(agents)))
+    finest = max(TAIL * deviation / _STEPS_OF_A_COORDINATE, noise / (_STEPS_OF_A_SHARE * sqrt(agents)))
     return max(min(quarter, linear), finest)
 
 
@@ -274,7 +279,9 @@ def _rounded(values: NDArray[np.float32], largest: float, entropy: Entropy) -> N
     than the values, which privacy relies on.
     """
     limit = np.float32(largest)
-    if limit > largest:  # float32 has no integers that large: the sum of all devices would leave the modulus
+    if (
+        float(limit) > largest
+    ):  # float32 has no integers that large: the sum of all devices would leave the modulus
         limit = np.nextafter(limit, np.float32(0))
     magnitudes = np.minimum(np.abs(values), limit)
     whole = np.floor(magnitudes)
