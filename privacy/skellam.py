@@ -17,6 +17,8 @@ from math import asinh, hypot, isfinite
 from typing import Final
 
 import numpy as np
+from cryptography.hazmat.primitives.ciphers import Cipher
+from cryptography.hazmat.primitives.ciphers.algorithms import ChaCha20
 from numpy.typing import NDArray
 
 Entropy = Callable[[int], bytes]
@@ -34,11 +36,15 @@ _DIGITS: Final = 60
 _TAIL_NATS: Final = (_BITS + 2) * 0.6932
 """Minus the logarithm of 2^-130, what is left beyond the table on one side."""
 
+_KEY_BYTES: Final = 32
+_NONCE: Final = bytes(16)
+"""Zero: a key is used for one stream."""
+
 _MIXED: Final = np.iinfo(np.int32).min
 
 
 class Skellam:
-    """Draws integers of mean 0 from the operating system's entropy, from the exact law up to 2^-115 in total variation.
+    """Draws integers of mean 0, unpredictable, from the exact law up to 2^-115 in total variation.
 
     Inversion: a uniform u of 128 bits becomes the k with F(k - 1) <= u < F(k), F the cumulative distribution in
     units of 2^-128. Its first 16 bits mostly tell k already; only where F crosses one of those 65,536 cells are the other 112
@@ -65,8 +71,14 @@ class Skellam:
         guide = np.where(below_start == below_end, below_start - self.reach, _MIXED)
         self._guide = guide.astype(np.int32)
 
-    def sample(self, count: int, entropy: Entropy = os.urandom) -> NDArray[np.int32]:
-        """Independent integers, shape ``(count,)``, of magnitude at most ``reach``: 17 deviations or so."""
+    def sample(self, count: int, entropy: Entropy | None = None) -> NDArray[np.int32]:
+        """Independent integers, shape ``(count,)``, of magnitude at most ``reach``: 14 deviations where they are many.
+
+        Args:
+            count: How many.
+            entropy: By default a new :func:`keystream`.
+        """
+        entropy = entropy or keystream()
         first = np.frombuffer(entropy(2 * count), dtype="<u2")
         values: NDArray[np.int32] = self._guide[first]
         mixed = np.flatnonzero(values == _MIXED)
@@ -76,6 +88,12 @@ class Skellam:
             uniform = int(first[at]) << (_BITS - _GUIDE_BITS) | low
             values[at] = bisect_right(self._edges, uniform) - self.reach
         return values
+
+
+def keystream() -> Entropy:
+    """ChaCha20 under a new key of the operating system's: as unpredictable as its own generator, and several times faster."""
+    stream = Cipher(ChaCha20(os.urandom(_KEY_BYTES), _NONCE), mode=None).encryptor()
+    return lambda count: stream.update(bytes(count))
 
 
 def log_pmf(variance: float, reach: int) -> NDArray[np.float64]:
