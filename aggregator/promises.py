@@ -75,6 +75,7 @@ def check_promises(config: AggregatorConfig) -> None:
             "privacy.sample.epsilon and privacy.sample.noise_multiplier are both set: keep epsilon, from which each "
             "device derives its noise, or noise_multiplier, from which each computes its epsilon"
         )
+    _check_client(config)
     if secagg.enabled and client.noise_multiplier:
         raise ConfigError(
             "privacy.client.noise_multiplier needs single updates, which privacy.secagg hides from the aggregator: "
@@ -89,3 +90,21 @@ def check_promises(config: AggregatorConfig) -> None:
             "privacy.secagg.modulus_bits = 8 leaves too few steps for updates without noise: set 16, or "
             "privacy.secagg.noise_multiplier"
         )
+
+
+def _check_client(config: AggregatorConfig) -> None:
+    client, rounds = config.privacy.client, config.rounds
+    for key, value, off in (
+        ("sampling_rate", client.sampling_rate, 1.0),
+        ("quantile", client.quantile, 0.0),
+    ):
+        if value != off and not client.noise_multiplier:
+            raise ConfigError(
+                f"privacy.client.{key} is {value:g}, but client-level privacy is off: set privacy.client.noise_multiplier"
+            )
+    for key, size in (("cohort_size", rounds.cohort_size), ("over_selection", rounds.over_selection)):
+        if size and client.sampling_rate != 1:
+            raise ConfigError(
+                f"rounds.{key} is {size:g} and privacy.client.sampling_rate is {client.sampling_rate:g}: a secret draw has no fixed "
+                f"size; set rounds.{key} = 0, or sampling_rate = 1"
+            )

@@ -10,9 +10,11 @@ import msgspec
 import structlog
 
 from aggregator.broker import EmbeddedBroker
+from aggregator.central_noise import CentralNoise
 from aggregator.config import AggregatorConfig, TaskConfig
 from aggregator.enrolment import Enrolment
 from aggregator.initial_model import build_apart, build_here
+from aggregator.promises import check_promises
 from aggregator.store import Store
 from aggregator.versions import WHOLE, remember_seed
 from federation.errors import ConfigError
@@ -60,6 +62,7 @@ def prepared(config: AggregatorConfig) -> Iterator[Ready]:
         store.lock()
         task = settle_task(config.task, store)
         write_initial_model(config, store, task)
+        CentralNoise(config, store).check()
         enrolment = Enrolment(state, config.federation)
         if config.broker.url != EMBEDDED:
             yield Ready(store, enrolment, task, external_address(config, enrolment))
@@ -82,6 +85,7 @@ def check(config: AggregatorConfig) -> None:
         ConfigError: Naming the setting, its value and the remedy.
     """
     rounds = config.rounds
+    check_promises(config)
     encoding_named(config.up_encoding)
     if config.down_encoding != WHOLE and encoding_named(config.down_encoding).stateful:
         raise ConfigError(

@@ -10,6 +10,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from aggregator.central_report import ClientPrivacy, client_privacy
 from aggregator.spending import StoredSpent, last_spent
 from aggregator.store import Store
 from aggregator.traffic import StoredTraffic, TrafficLog
@@ -70,6 +71,7 @@ class Report(msgspec.Struct, frozen=True):
         refusals: The newest, with code and detail.
         refusal_counts: By code.
         declines: The newest, with code and reason.
+        client_privacy: What was spent of the run's budget; None without client-level privacy.
     """
 
     federation: str
@@ -79,6 +81,7 @@ class Report(msgspec.Struct, frozen=True):
     refusals: list[dict[str, Any]]
     refusal_counts: dict[str, int]
     declines: list[dict[str, Any]] = []
+    client_privacy: ClientPrivacy | None = None
 
     def to_json(self) -> str:
         """One JSON object, indented, with a newline."""
@@ -144,7 +147,16 @@ def collect(folder: Path) -> Report:
             {"round": number, "agent": agent, "code": code, "reason": reason, "at": at}
             for number, agent, code, reason, at in store.declines()
         ]
-        return Report(store.federation, store.run, rounds, agents, refusals, store.refusal_counts(), declines)
+        return Report(
+            federation=store.federation,
+            run=store.run,
+            rounds=rounds,
+            agents=agents,
+            refusals=refusals,
+            refusal_counts=store.refusal_counts(),
+            declines=declines,
+            client_privacy=client_privacy(store),
+        )
 
 
 def render(report: Report) -> str:
@@ -153,6 +165,8 @@ def render(report: Report) -> str:
     with console.capture() as capture:
         console.print(f"federation [bold]{report.federation}[/], run {report.run}")
         console.print(rounds_table(report.rounds[-ROUNDS_SHOWN:]))
+        if report.client_privacy is not None:
+            console.print(report.client_privacy.to_text())
         console.print(agents_table(report.agents))
         if report.refusals:
             counts = ", ".join(f"{code} {count}" for code, count in report.refusal_counts.items())
