@@ -16,9 +16,12 @@ import structlog
 from edge_agent.config import PrivacyLimits
 from edge_agent.fetching import ModelCache
 from edge_agent.guard import Guard, owner_of
+from edge_agent.identities import Identities
+from edge_agent.kept_training import KeptTraining
 from edge_agent.metering import RoundMeter, UploadShare
 from edge_agent.outbox import Outbox
 from edge_agent.progress import Progress, read_progress, write_progress
+from edge_agent.secure_update import SecureUpdate
 from edge_agent.session import (
     Abandon,
     BaseReady,
@@ -29,7 +32,9 @@ from edge_agent.session import (
     Fetch,
     ForgetUpdate,
     IgnorePlan,
+    JoinSum,
     LinkUp,
+    Mask,
     Phase,
     PlanArrived,
     ReceiptArrived,
@@ -40,6 +45,7 @@ from edge_agent.session import (
     Session,
     Tick,
     Train,
+    TrainingKept,
     UpdateReady,
     WorkFailed,
 )
@@ -172,10 +178,27 @@ class Agent:
             key=self._key,
             preferred_chunk_bytes=None if options.max_rate is None else upload_chunk_bytes(options.max_rate),
         )
+        masking = options.state_dir / "secagg"
+        masking.mkdir(exist_ok=True)
+        self._kept = KeptTraining(masking / "trained")
+        self._secure = SecureUpdate(
+            masking,
+            federation=bundle.federation,
+            agent=self._name,
+            key=self._key,
+            aggregator_key=self._aggregator_key,
+            identities=Identities(
+                bundle.federation,
+                seen=options.state_dir / "roster",
+                pinned=Path(options.limits.roster) if options.limits.roster else None,
+            ),
+            publish=lambda sealed: self._publish(self._topics.masking_up(self._name), sealed, qos=1),
+        )
         self._worker = Worker(
             trainer,
             self._outbox,
             Guard(options.state_dir / "ledger", owner_of(bundle), options.limits, data=options.data),
+            self._kept,
             federation=bundle.federation,
             agent=self._name,
             plugins=options.plugins,
@@ -187,6 +210,7 @@ class Agent:
             seen=(progress.run, progress.round),
             done=progress.done,
             pending=self._outbox.pending(),
+            kept=self._kept.key(),
             retired=progress.retired,
             objection=lambda plan: objection(plan.privacy, options.required, options.limits.max_epsilon),
         )
@@ -227,7 +251,12 @@ class Agent:
 
     def _turn(self) -> None:
         now = time.monotonic()
-        wakeups = (self._session.next_wakeup(), self._cache.next_wakeup(), self._health_wakeup())
+        wakeups = (
+            self._session.next_wakeup(),
+            self._cache.next_wakeup(),
+            self._secure.next_wakeup(),
+            self._health_wakeup(),
+        )
         due = [at for at in wakeups if at is not None]
         item = self._inbox.get(max(0.0, min(due) - now) if due else None)
         now = time.monotonic()
@@ -235,6 +264,7 @@ class Agent:
             self._take(item, now)
         if item is None or (due and now >= min(due)):  # an inbox that is never empty must not stop the clock
             self._cache.tick(now)
+            self._feed_all(self._secure.tick(now), now)
             self._feed(Tick(), now)
         wakeup = self._health_wakeup()
         if wakeup is not None and now >= wakeup:
@@ -259,12 +289,16 @@ class Agent:
                 self._message(item, now)
             case BaseUnusable():
                 self._base_unusable(item, now)
-            case BaseReady() | UpdateReady() | WorkFailed():
+            case UpdateReady(offer):
+                self._secure.masked(offer.attempt, now)
+                self._feed(item, now)
+            case BaseReady() | TrainingKept() | WorkFailed():
                 self._feed(item, now)
             case Connected():
                 self._ever_connected = True
                 self._subscribe()
                 self._cache.reconnected(now)
+                self._feed_all(self._secure.reconnected(now), now)
                 self._feed(LinkUp(), now)
             case Disconnected(reason, refused):
                 if refused and not self._ever_connected:
@@ -293,6 +327,9 @@ class Agent:
         if self._down_cap is not None:
             self._down_cap.spend(len(message.topic) + len(message.payload), now)  # it came unasked; pull less
         try:
+            if self._topics.parse_agent(message.topic) == AgentTopic(self._name, "masking down"):
+                self._feed_all(self._secure.message(message.payload, now), now)
+                return
             event = self._read(message)
             if event is not None:
                 self._feed(event, now)
@@ -343,11 +380,17 @@ class Agent:
 
     # --- carrying out ---------------------------------------------------------------------------------------------
 
+    def _feed_all(self, events: list[Event], now: float) -> None:
+        for event in events:
+            self._feed(event, now)
+
     def _feed(self, event: Event, now: float) -> None:
         moved = self._link.traffic  # read before a fetch begins, or its first chunks would count for no round
         for command in self._session.handle(event, now):
             self._carry_out(command, now)
         plan = self._session.plan
+        if plan is None:
+            self._secure.leave()
         here = None if plan is None else (plan.run, plan.round)
         if self._meter.observe(here, moved) and self._options.telemetry_s:
             self._report()
@@ -362,6 +405,11 @@ class Agent:
             case Train(plan):
                 self._upload = UploadShare()
                 self._worker.start(plan, self._cache.recipe(), self._link.limits.largest_chunk)
+            case JoinSum(plan):
+                for event in self._secure.join(plan, now):
+                    self._inbox.post(event)
+            case Mask(plan):
+                self._worker.mask(plan, self._secure.take_masks(), self._link.limits.largest_chunk)
             case Abandon(reason):
                 log.info("round_abandoned", reason=reason)
                 self._worker.cancel()
@@ -380,6 +428,8 @@ class Agent:
                 self._outbox.clear()
             case Remember(run, number, done, retired):
                 self._remember(Progress(run, number, done, retired))
+                if done or self._kept.key() != (run, number):
+                    self._kept.clear()
             case IgnorePlan(number, reason):
                 log.warning(
                     "plan_ignored",

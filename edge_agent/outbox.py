@@ -107,14 +107,50 @@ class Outbox:
             attempt=plan.attempt,
             spent=spent,
         )
-        sealed = seal(
-            offer, purpose=Purpose.AGENT, federation=self._federation, sender=self._agent, key=self._key
-        )
         if stateful:
             sent = decode(data, schema_of(delta), plan.up_encoding)
             self._feedback.stage(
                 offer.object.sha256, kept, {name: array - sent[name] for name, array in delta.items()}
             )
+        return self._keep(offer, data)
+
+    def put_masked(
+        self, plan: RoundPlan, data: bytes, *, metrics: TrainMetrics, spent: Spent | None, chunk_bytes: int
+    ) -> UpdateOffer:
+        """Sign and store a masked update.
+
+        Args:
+            plan: The attempt that it is for.
+            data: Its integers.
+            metrics: Of the training.
+            spent: What the ledger says, under sample-level terms.
+            chunk_bytes: The largest into which it may be cut.
+
+        Returns:
+            The offer that was signed.
+
+        Raises:
+            ConfigError: If the disk is full.
+        """
+        self.clear()
+        self._feedback.drop("masked updates need none")
+        offer = UpdateOffer(
+            run=plan.run,
+            round=plan.round,
+            base=plan.base,
+            object=make_ref(data, cut_size(len(data), chunk_bytes, self._preferred_chunk_bytes)),
+            encoding=plan.up_encoding,
+            samples=1,
+            metrics=metrics,
+            attempt=plan.attempt,
+            spent=spent,
+        )
+        return self._keep(offer, data)
+
+    def _keep(self, offer: UpdateOffer, data: bytes) -> UpdateOffer:
+        sealed = seal(
+            offer, purpose=Purpose.AGENT, federation=self._federation, sender=self._agent, key=self._key
+        )
         write_whole(self._update, data)
         write_whole(self._offer, sealed)
         return offer

@@ -349,7 +349,7 @@ class Session:
                 self._masks_of = attempt
                 return self._mask_if_ready()
             case WorkFailed(run, number, reason, code) if self._is_for(run, number):
-                return self._decline(reason, code)
+                return self._failed(reason, code)
             case CreditArrived(credit):
                 return self._credit_arrived(credit)
             case ReceiptArrived(receipt):
@@ -466,6 +466,11 @@ class Session:
         if done:
             self._done = run, number
         return [] if known == (run, number, done) else [Remember(run, number, done, self._retired)]
+
+    def _failed(self, reason: str, code: DeclineCode) -> list[Command]:
+        # The terms are not judged by who is at work: that has to be stopped.
+        working = code is DeclineCode.TERMS and self.phase in (Phase.FETCHING, Phase.TRAINING, Phase.MASKING)
+        return [*([Abandon(reason)] if working else []), *self._decline(reason, code)]
 
     def _decline(self, reason: str, code: DeclineCode) -> list[Command]:
         """Sit out the present attempt of the round. A later one is a new chance: the fault may be mended by then."""

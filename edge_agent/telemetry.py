@@ -9,6 +9,7 @@ import psutil
 
 from federation import __version__
 from federation.wire.encodings import ENCODINGS
+from federation.wire.masking import MASKED
 from federation.wire.messages import Capabilities, RoundTraffic, Telemetry, Traffic
 
 _MIB = 1 << 20
@@ -28,7 +29,7 @@ def capabilities(*, device: str, threads: int, samples: int) -> Capabilities:
         threads=threads,
         memory_mb=psutil.virtual_memory().total // _MIB,
         samples=samples,
-        encodings=tuple(ENCODINGS),
+        encodings=(*ENCODINGS, MASKED),
         platform=platform.platform(terse=True)[:200],
     )
 
