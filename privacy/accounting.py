@@ -42,6 +42,9 @@ HOPELESS_EPSILON = 200.0
 MIN_NOISE, MAX_NOISE = 0.1, 1e5
 """Range of derived noise multipliers. At 0.1 a single step already has an epsilon above 40; 1e5 drowns any gradient."""
 
+_HUGE = 1e300
+"""Stands for an infinite epsilon where a logarithm is taken."""
+
 _PLD_STEP = 0.03
 """Width of a PLD's bins in units of epsilon / sqrt(steps). The excess grows with its square and is 0.1 % at this one."""
 
@@ -149,6 +152,8 @@ def noise_multiplier_for(
     Raises:
         OverBudgetError: If no noise is enough: what is spent already leaves nothing.
     """
+    from scipy.optimize import brentq
+
     spent = merged(so_far)
 
     def fits(noise: float) -> bool:
@@ -168,12 +173,18 @@ def noise_multiplier_for(
     low = high / 2
     while low > MIN_NOISE and fits(low):
         low, high = low / 2, low
+    if low <= MIN_NOISE and fits(MIN_NOISE):
+        return MIN_NOISE
+
+    def excess(log_noise: float) -> float:
+        tried = epsilon_pld((*spent, Spend(math.exp(log_noise), sample_rate, steps)), delta)
+        return math.log(min(tried, _HUGE) / epsilon)
+
+    # Epsilon is nearly a power of the noise, so a few steps of a root finder suffice.
     digit = 10.0 ** (1 - NOISE_DIGITS)
-    while high / low > 1 + digit:
-        middle = math.sqrt(low * high)
-        low, high = (low, middle) if fits(middle) else (middle, high)
-    noise = max(MIN_NOISE, snapped_up(high, NOISE_DIGITS))
-    while not fits(noise):  # the bins of a PLD depend on the noise: their rounding may differ by a hair
+    root = brentq(excess, math.log(max(low, MIN_NOISE)), math.log(high), xtol=digit / 4)
+    noise = snapped_up(math.exp(root), NOISE_DIGITS)
+    while not fits(noise):  # by the tolerance of the root, and since the bins of a PLD depend on the noise
         noise = snapped_up(noise * (1 + digit), NOISE_DIGITS)
     return noise
 
@@ -220,6 +231,7 @@ def _bin_width(segments: tuple[Spend, ...], epsilon: float) -> float:
     return float(2.0 ** math.floor(math.log2(width)))
 
 
+@lru_cache(maxsize=32)
 def _composed(segment: Spend, width: float) -> "PrivacyLossDistribution":
     return _one_step(segment.noise_multiplier, segment.sample_rate, width).self_compose(segment.steps)
 
