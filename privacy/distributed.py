@@ -8,6 +8,7 @@ The guarantee is against whoever sees only sums of n' devices or more: the aggre
 Devices that tell the aggregator what they have added take their noise away from the sum; choose n' without them.
 """
 
+from collections import Counter
 from collections.abc import Callable, Iterable
 from math import ceil, floor, log10, sqrt
 from typing import Final
@@ -81,8 +82,8 @@ def epsilon_of(rounds: Iterable[NoisySum], delta: float) -> float:
     if not 0 < delta < 1:
         raise ValueError(f"delta {delta} must be in (0, 1)")
     total = np.zeros(len(ORDERS))
-    for each in rounds:
-        total += divergences(each)
+    for each, times in Counter(rounds).items():
+        total += times * divergences(each)
     if not total.any():
         return 0.0
     usable = np.isfinite(total)
