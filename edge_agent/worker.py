@@ -168,8 +168,8 @@ class Worker:
         if cancel.is_set():
             raise Cancelled  # before it costs anything
         paid = self._guard.reserve(plan, samples)
-        how = {} if paid is None else {"private": paid.private}
-        trained = self._trainer.train(base, plan, self._agent, cancel.is_set, **how)
+        private = None if paid is None else paid.private
+        trained = self._trainer.train(base, plan, self._agent, cancel.is_set, private=private)
         tell = not plan.privacy.uniform  # else how many samples there are, and how well they fit, stays here
         metrics = trained.metrics if tell else replace(trained.metrics, loss=None, accuracy=None)
         spent = None if paid is None else paid.spent
