@@ -4,7 +4,7 @@ One attempt of one round at a time. What a device sends is verified here; what i
 :class:`privacy.secagg.server.Server`; what came of it for the round is returned as events of :mod:`aggregator.rounds`.
 """
 
-from collections.abc import Callable, Collection
+from collections.abc import Callable
 from dataclasses import dataclass, field
 
 import structlog
@@ -55,8 +55,14 @@ class _Attempt:
         agreements: As the devices have signed them.
         said: What each device was told last.
         unanswered: Devices that were told of the survivors, or of agreements, and have not answered.
-        members: Who has shares of all its neighbours, and so may deliver; None as long as it is not decided.
+        gone: Devices that are offline, or have lost their secrets.
+        roster: Whose keys came in time; None as long as it is not decided.
+        members: Who has got its neighbours' shares, and so may deliver; None as long as it is not decided.
+        begun: Whether its clock runs.
+        delivered: Whose sum is wanted; None as long as the round takes updates.
         asked: Whether a device was asked to open the sum.
+        repeat_at: When those that have not answered are told again, monotonic seconds.
+        unmask: What takes the masks off.
         outcome: The end, if it has come.
     """
 
@@ -67,9 +73,11 @@ class _Attempt:
     agreements: dict[str, bytes] = field(default_factory=dict)
     said: dict[str, bytes] = field(default_factory=dict)
     unanswered: set[str] = field(default_factory=set)
+    gone: set[str] = field(default_factory=set)
     roster: frozenset[str] | None = None
     members: frozenset[str] | None = None
     begun: bool = False
+    delivered: tuple[str, ...] | None = None
     asked: bool = False
     repeat_at: float = 0.0
     unmask: UnmaskPlan | None = None
@@ -137,12 +145,11 @@ class SecureRounds:
         self._attempt = _Attempt(plan, server, journal)
         self._refused.clear()
 
-    def announced(self, now: float, delivered: Collection[str]) -> list[Event]:
+    def announced(self, now: float) -> list[Event]:
         """The plan is out: the clock starts. Called again, it changes nothing.
 
         Args:
             now: Monotonic seconds.
-            delivered: Agents whose masked update is on disk.
 
         Returns:
             What it means for the round, where an earlier process had come further.
@@ -152,7 +159,7 @@ class SecureRounds:
             return []
         attempt.begun = True
         records = attempt.journal.records
-        attempt.server.start(records[0].at if records else now)
+        attempt.server.start(now)
         if attempt.journal.plan is None:
             attempt.journal.begin(attempt.plan)
             return []
@@ -165,11 +172,9 @@ class SecureRounds:
             phase=attempt.server.phase.value,
             events=len(records),
         )
-        events = self._outs(attempt)
-        if attempt.outcome is None:
-            events += self._carry_out(attempt, attempt.server.resume(now), now)
-        for agent in sorted(delivered):  # on disk, but not in the journal
-            events += self.stored(agent, now)
+        events = [*self._outs(attempt), *self._carry_out(attempt, attempt.server.resume(now), now)]
+        if attempt.delivered is not None and attempt.outcome is None:
+            events += self.unmask(attempt.delivered, now)
         return events
 
     def close(self) -> None:
@@ -200,6 +205,7 @@ class SecureRounds:
         attempt = self._attempt
         if attempt is None or not attempt.begun:
             return []  # it will be repeated
+        attempt.gone.discard(agent)
         try:
             key = self._key_of(agent)
             if key is None:
@@ -219,13 +225,18 @@ class SecureRounds:
             self._refuse(agent, error)
             return []
 
-    def stored(self, agent: str, now: float) -> list[Event]:
-        """An agent's masked update is on disk."""
-        return self._happened(What.STORED, agent, now)
-
     def gone(self, agent: str, now: float) -> list[Event]:
         """An agent vanished or declined: nobody waits for it."""
-        return self._happened(What.GONE, agent, now)
+        attempt = self._attempt
+        if attempt is None:
+            return []
+        attempt.gone.add(agent)
+        # As long as updates are taken, the round decides how long it waits for whom.
+        return (
+            []
+            if attempt.server.phase is machine.ServerPhase.MASKED
+            else self._happened(What.GONE, agent, now)
+        )
 
     def back(self, agent: str) -> None:
         """An agent's link is back: what it was told last may have been lost."""
@@ -233,13 +244,29 @@ class SecureRounds:
         if attempt is not None and agent in attempt.said:
             self._send(agent, attempt.said[agent])
 
-    def unmask(self, now: float) -> list[Event]:
-        """No further update is taken: have the sum of those that are there opened."""
+    def unmask(self, delivered: tuple[str, ...], now: float) -> list[Event]:
+        """No further update is taken: have the sum opened.
+
+        Args:
+            delivered: Whose updates are on disk.
+            now: Monotonic seconds.
+        """
         attempt = self._attempt
         assert attempt is not None, "a round is unmasked that was not opened"
-        if attempt.outcome is not None:  # an earlier process came so far
+        attempt.delivered = delivered
+        if not attempt.begun:
+            return []  # as soon as it is known how far an earlier process had come
+        if attempt.outcome is not None:
             return [attempt.outcome]
-        return self._happened(What.CLOSE, "", now)
+        events: list[Event] = []
+        if attempt.server.phase is machine.ServerPhase.MASKED:
+            # Those that are gone first, so that the machine does not take them for missing and go on without them.
+            for agent in sorted(delivered, key=lambda name: (name not in attempt.gone, name)):
+                events += self._happened(What.STORED, agent, now)
+            events += self._happened(What.CLOSE, "", now)
+            for agent in sorted(attempt.gone):
+                events += self._happened(What.GONE, agent, now)
+        return events
 
     def tick(self, now: float) -> list[Event]:
         """Time has passed."""
@@ -283,13 +310,15 @@ class SecureRounds:
             raise PeerError(Rejection.MALFORMED, str(error)) from error
         if counts:
             _note(attempt, record, message)
+        if isinstance(message, MaskingKeys) and attempt.keys.get(record.agent) != record.data:
+            attempt.gone.add(record.agent)  # it has restarted since the roster was closed, without its secrets
         if commands:
             attempt.journal.sync()
         return self._carry_out(attempt, commands, now)
 
     def _replay(self, attempt: _Attempt, record: Record) -> None:
         message = body_up(record.data) if record.what is What.MESSAGE else None
-        commands = attempt.server.handle(_event(record, message), record.at)
+        commands = attempt.server.replay(_event(record, message))
         _note(attempt, record, message)
         for command in commands:
             self._take(attempt, command, record.at)
@@ -302,6 +331,7 @@ class SecureRounds:
                 self._send(agent, attempt.said[agent])
         events = [] if (roster, members) == (attempt.roster, attempt.members) else self._outs(attempt)
         if attempt.outcome is not None and commands:
+            attempt.unanswered.clear()
             events.append(attempt.outcome)
         return events
 
@@ -330,7 +360,6 @@ class SecureRounds:
                 return ""
             case machine.Abort(reason, missing):
                 attempt.outcome = SumFailed(asked=attempt.asked)
-                attempt.unanswered.clear()
                 log.warning(
                     "masked_sum_failed",
                     round=plan.round,
@@ -410,7 +439,7 @@ def _event(record: Record, message: UpMessage | None) -> machine.ServerEvent:
 def _note(attempt: _Attempt, record: Record, message: UpMessage | None) -> None:
     """Keep what others are to get as it was signed, and who has answered."""
     match message:
-        case MaskingKeys():
+        case MaskingKeys() if attempt.roster is None:
             attempt.keys[record.agent] = record.data
         case Agreement():
             attempt.agreements[record.agent] = record.data

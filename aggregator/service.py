@@ -276,7 +276,6 @@ class Service:
             event = queue.popleft()
             if isinstance(event, UpdateStored):
                 self._averaging.add(self._rounds.round, event.agent, self._encoding)
-                queue.extend(self._secure.stored(event.agent, now))
             if isinstance(event, AgentOffline | AgentOut):
                 queue.extend(self._secure.gone(event.agent, now))
             queue.extend(self._act(self._rounds.handle(event, now), now))
@@ -294,7 +293,7 @@ class Service:
                 return [Evaluated(self._evaluation.keep(item))]
             case _ModelPresent(version):
                 if self._announced.model_present(version, self._link, now):
-                    return self._secure.announced(now, self._store.updates(self._rounds.round))
+                    return self._secure.announced(now)
             case BaseException():
                 raise item
             case Connected():
@@ -363,10 +362,10 @@ class Service:
             match command:
                 case OpenCommand():
                     self._open(command)
-                case Unmask(number):
+                case Unmask(number, agents):
                     self._store.start_unmasking(number)
                     self._reception.shut()
-                    events += self._secure.unmask(now)
+                    events += self._secure.unmask(agents, now)
                 case Skip(number):
                     log.error(
                         "round_skipped", round=number, reason="its sum cannot be had", lost="its updates"
