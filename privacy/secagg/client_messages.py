@@ -117,9 +117,12 @@ class SendShares:
 
 @dataclass(frozen=True, slots=True)
 class ApplyMasks:
-    """Call ``plan.apply(vector)`` as soon as the vector is there (in a worker: it is the expensive step), feed
-    :class:`VectorMasked`, and upload the result. Given once; a second use of the plan raises, since two vectors under the same
-    masks reveal their difference.
+    """Mask the vector as soon as it is there: ``plan.apply(vector)``, in a worker, feed :class:`VectorMasked`, upload.
+
+    Given once. A second use of the plan raises, since two vectors under the same masks show their difference.
+
+    Attributes:
+        plan: The masks.
     """
 
     plan: MaskPlan = field(repr=False)
@@ -134,8 +137,10 @@ class SendAgreement:
 
 @dataclass(frozen=True, slots=True)
 class SendReveal:
-    """Send this. From now on this vector, or one that differs little from it, must never be masked again: no
-    further attempt of the same round may use it (the difference of two sums would show it).
+    """Send this: shares of what takes off the masks.
+
+    From now on this vector must never be masked again, nor one that differs little from it: no further attempt of the same
+    round may use it, since the difference of two sums would show it. See ``Client.revealed``.
 
     Attributes:
         seeds: Survivor to this device's share of the seed of its own mask.

@@ -10,7 +10,7 @@ is the keystream of ChaCha20 (which is fast on devices without AES instructions)
 
 from collections.abc import Iterable
 from dataclasses import dataclass, field
-from typing import Final, TypeAlias
+from typing import Any, Final, TypeAlias
 
 import numpy as np
 from cryptography.hazmat.primitives.asymmetric.x25519 import X25519PrivateKey, X25519PublicKey
@@ -26,7 +26,7 @@ from privacy.secagg.errors import RefusedError
 MaskedVector: TypeAlias = NDArray[np.uint8] | NDArray[np.uint16] | NDArray[np.uint32]
 """Shape ``(d,)``, contiguous. Arithmetic wraps around: it is taken mod 2^8, 2^16 or 2^32."""
 
-_DTYPES: Final = {8: np.dtype("<u1"), 16: np.dtype("<u2"), 32: np.dtype("<u4")}
+_DTYPES: Final[dict[int, np.dtype[Any]]] = {8: np.dtype("<u1"), 16: np.dtype("<u2"), 32: np.dtype("<u4")}
 _BLOCK_BYTES: Final = 1 << 18
 """Of keystream at a time: it stays in a core's second-level cache between its making and its adding."""
 
@@ -90,7 +90,7 @@ class MaskPlan:
         self._masks = None
 
 
-def dtype_of(modulus_bits: int) -> np.dtype[np.unsignedinteger]:
+def dtype_of(modulus_bits: int) -> np.dtype[Any]:
     """The little-endian type whose arithmetic is mod 2^modulus_bits.
 
     Raises:
@@ -155,6 +155,21 @@ def pair_mask(private: X25519PrivateKey, public: bytes, roster: bytes, me: str, 
         RefusedError: If the public key is of low order, so that the secret would be known to all.
     """
     return Mask(pair_key(private, public, _PAIR, roster, (me, neighbour)), subtract=me > neighbour)
+
+
+def check_public_key(public: bytes) -> None:
+    """Refuse what no honest device publishes.
+
+    Args:
+        public: X25519 key.
+
+    Raises:
+        RefusedError: If it has another length than 32 bytes, or is of low order: then what follows from it is known to all.
+    """
+    try:
+        X25519PrivateKey.generate().exchange(X25519PublicKey.from_public_bytes(public))
+    except ValueError as error:
+        raise RefusedError(f"not a public key of X25519: {error}") from error
 
 
 def pair_key(

@@ -91,7 +91,7 @@ def recover(
     """Recover a secret although some of its shares may be false.
 
     Args:
-        shares: Point to share; each passed :func:`check_share`.
+        shares: Point to share; each passed :func:`check_share`. The first ones are tried first.
         threshold: t.
         genuine: Whether a candidate is the secret that was committed to.
 
@@ -103,7 +103,7 @@ def recover(
     """
     if len(shares) < threshold:
         raise UnrecoverableError(f"{len(shares)} shares, {threshold} are needed")
-    for chosen in _subsets(sorted(shares), threshold):
+    for chosen in _subsets(list(shares), threshold):
         values = {point: int.from_bytes(shares[point], "big") for point in chosen}
         value = _at(0, values)
         if value >> (8 * SECRET_BYTES):
@@ -118,7 +118,7 @@ def recover(
 
 def _subsets(points: list[int], size: int) -> Iterator[tuple[int, ...]]:
     """Subsets to try: the first, then each run of ``size`` in the circle (they leave out each single point), then drawn ones."""
-    yield tuple(points[:size])
+    yield tuple(sorted(points[:size]))
     if len(points) == size:
         return
     doubled = points + points
