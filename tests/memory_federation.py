@@ -21,6 +21,7 @@ from federation.bundle import Bundle
 from federation.task.checkpoint import CheckpointInfo, checkpoint_bytes, read_checkpoint
 from federation.wire.encodings import ENCODINGS
 from federation.wire.inbox import Limits
+from federation.wire.masking import MASKED
 from federation.wire.messages import (
     Capabilities,
     RoundPlan,
@@ -184,7 +185,7 @@ class Federation:
             threads=1,
             memory_mb=1,
             samples=samples_of(name),
-            encodings=tuple(ENCODINGS),
+            encodings=(*ENCODINGS, MASKED),
             platform="test",
         )
         required = tuple(parse_requirement(text) for text in require)

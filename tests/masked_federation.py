@@ -1,0 +1,91 @@
+"""A federation in memory whose updates are masked, and what its devices have put into the sum."""
+
+import threading
+from hashlib import sha256
+
+import msgspec
+import numpy as np
+import pytest
+from memory_federation import Federation, base_arrays
+from numpy.typing import NDArray
+
+from aggregator.privacy_config import PrivacyConfig, SecAggConfig
+from edge_agent import worker
+from federation.wire.codec import schema_of
+from federation.wire.inbox import Limits
+from federation.wire.messages import RoundPlan
+from federation.wire.shared_scale import SharedScale
+from privacy.secagg.masks import MaskPlan
+
+WIDE = Limits(max_packet_bytes=16 * 1024)
+"""A roster of ten fits."""
+
+Integers = NDArray[np.unsignedinteger]
+
+
+class Recorder:
+    """Sees what devices mask, before and after."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.plain: dict[str, Integers] = {}
+        """By the SHA-256 of the masked update: its integers."""
+        self.plans: dict[tuple[int, int], RoundPlan] = {}
+        here, original, reduced = threading.local(), worker.mask_update, SharedScale.reduced
+
+        def seen(scale: SharedScale, integers: NDArray[np.int32]) -> Integers:
+            here.vector = reduced(scale, integers)
+            vector: Integers = here.vector.copy()
+            return vector
+
+        def mask(plan: RoundPlan, delta: dict[str, NDArray[np.float32]], masks: MaskPlan) -> bytes:
+            data = original(plan, delta, masks)
+            self.plain[sha256(data).hexdigest()] = here.vector
+            self.plans[plan.round, plan.attempt] = plan
+            return data
+
+        monkeypatch.setattr(SharedScale, "reduced", seen)
+        monkeypatch.setattr(worker, "mask_update", mask)
+
+
+def masked(fleet: Federation, **secagg: object) -> Federation:
+    """Switch secure aggregation on."""
+    settings = {"enabled": True, "min_agents": 2, "phase_s": 30.0} | secagg
+    privacy = PrivacyConfig(secagg=SecAggConfig(**settings))  # type: ignore[arg-type]
+    fleet.config = msgspec.structs.replace(fleet.config, privacy=privacy)
+    fleet.broker.limits = WIDE
+    return fleet
+
+
+def expected_model(
+    base: dict[str, NDArray[np.float32]], recorder: Recorder, plan: RoundPlan, digests: list[str]
+) -> dict[str, NDArray[np.float32]]:
+    """Base plus the mean of the plain sum of these updates' integers."""
+    terms = plan.privacy.secagg
+    assert terms is not None
+    scale = SharedScale.of(
+        schema_of(base),
+        clip_norm=terms.clip_norm,
+        modulus_bits=terms.modulus_bits,
+        agents=len(plan.cohort),
+        noise_multiplier=terms.noise_multiplier,
+    )
+    total = np.zeros(scale.size, scale.dtype)
+    for digest in digests:
+        total += recorder.plain[digest]
+    mean = scale.mean(total, terms.rotation_seed, len(digests))
+    return {name: (base[name] + mean[name].astype(np.float64)).astype(np.float32) for name in base}
+
+
+def check_sums(fleet: Federation, recorder: Recorder, agents: dict[int, list[str]]) -> None:
+    """Every round's model is the one before plus the mean of exactly these agents' integers, to the bit."""
+    model = base_arrays()
+    with fleet.store() as store:
+        rows = {row.round: row for row in store.rounds()}
+        for number, names in agents.items():
+            updates = store.updates(number)
+            assert sorted(updates) == names
+            plan = recorder.plans[number, rows[number].attempt]
+            model = expected_model(model, recorder, plan, [update.sha256 for update in updates.values()])
+            for name, array in fleet.model(number).items():
+                np.testing.assert_array_equal(array, model[name])
+            assert rows[number].phase == "closed"
