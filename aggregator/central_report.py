@@ -43,12 +43,10 @@ class ClientPrivacy(msgspec.Struct, frozen=True):
         """Lines for a terminal."""
         rounds = f"{self.paid_rounds} round{'s' if self.paid_rounds > 1 else ''}"
         lines = [
-            f"client-level privacy: epsilon {self.epsilon:.3g} of {self.budget:g} at delta {self.delta:g} after {rounds}, "
-            + (
-                f"the budget is spent: one more would make {self.next_epsilon:.3g}"
-                if self.exhausted
-                else f"one more makes {self.next_epsilon:.3g}"
-            ),
+            f"client-level privacy: epsilon {self.epsilon:.3g} of {self.budget:.4g} at delta {self.delta:g} after {rounds}",
+            f"  the budget is spent: one more round would make {self.next_epsilon:.3g}"
+            if self.exhausted
+            else f"  one more round makes {self.next_epsilon:.3g}",
             f"  noise multiplier {self.noise_multiplier:g}, sampling rate {self.sampling_rate:g}, clip norm {self.clip_norm:.4g}",
         ]
         if self.known_cohorts_epsilon is not None:

@@ -166,7 +166,7 @@ def render(report: Report) -> str:
         console.print(f"federation [bold]{report.federation}[/], run {report.run}")
         console.print(rounds_table(report.rounds[-ROUNDS_SHOWN:]))
         if report.client_privacy is not None:
-            console.print(report.client_privacy.to_text())
+            console.print(report.client_privacy.to_text(), soft_wrap=True)
         console.print(agents_table(report.agents))
         if report.refusals:
             counts = ", ".join(f"{code} {count}" for code, count in report.refusal_counts.items())

@@ -104,8 +104,9 @@ def test_the_budget_names_the_last_round_and_the_payment_is_refused_after_it(sto
     assert report is not None
     assert report.exhausted
     assert report.epsilon <= limit < report.next_epsilon
-    assert f"after 3 rounds, the budget is spent: one more would make {report.next_epsilon:.3g}" in (
-        report.to_text()
+    assert (
+        f"after 3 rounds\n  the budget is spent: one more round would make {report.next_epsilon:.3g}\n"
+        in report.to_text()
     )
 
 
