@@ -23,7 +23,6 @@ from federation.wire.shared_scale import SharedScale
 from privacy.distributed import (
     epsilon_of,
     least_agents,
-    noise_if_all_stay,
     noise_multiplier_for,
     share_variance,
 )
@@ -111,9 +110,13 @@ def _excess(
     """Per cent by which the error is larger, the median of the repeats; prints its row."""
 
     def scale_with(noise: float) -> SharedScale:
-        most = noise_if_all_stay(noise, agents, dropouts)
         return SharedScale.of(
-            schema, clip_norm=CLIP_NORM, modulus_bits=bits, agents=agents, noise_multiplier=most
+            schema,
+            clip_norm=CLIP_NORM,
+            modulus_bits=bits,
+            agents=agents,
+            noise_multiplier=noise,
+            dropouts=dropouts,
         )
 
     def sum_with(noise: float) -> NoisySum:

@@ -11,7 +11,7 @@ from federation.wire.masking import masked_encoding, scale_of
 from federation.wire.messages import RoundPlan
 from privacy.distributed import share_variance
 from privacy.secagg.masks import MaskPlan
-from privacy.skellam import MAX_VARIANCE, Skellam
+from privacy.skellam import MAX_VARIANCE, Skellam, keystream
 
 
 def mask_update(plan: RoundPlan, delta: Mapping[str, NDArray[np.float32]], masks: MaskPlan) -> bytes:
@@ -34,7 +34,8 @@ def mask_update(plan: RoundPlan, delta: Mapping[str, NDArray[np.float32]], masks
             f"the plan's encoding is {plan.up_encoding!r}, which its terms of secure aggregation do not give: upgrade fedge"
         )
     scale = scale_of(plan, schema_of(delta))
-    integers = scale.integers(delta, terms.rotation_seed)
+    entropy = keystream()
+    integers = scale.integers(delta, terms.rotation_seed, entropy)
     if terms.noise_multiplier:
         variance = share_variance(
             noise_multiplier=terms.noise_multiplier,
@@ -48,7 +49,7 @@ def mask_update(plan: RoundPlan, delta: Mapping[str, NDArray[np.float32]], masks
                 f"privacy.secagg.noise_multiplier = {terms.noise_multiplier:g} takes noise of variance {variance:.3g} on "
                 f"each device, at most {MAX_VARIANCE:.3g} can be drawn: lower it, or privacy.secagg.modulus_bits"
             )
-        integers += Skellam(variance).sample(scale.size)
+        integers += Skellam(variance).sample(scale.size, entropy)
     vector = scale.reduced(integers)
     masks.apply(vector)
     return vector.tobytes()

@@ -44,11 +44,6 @@ def least_survivors(min_agents: int, *, agents: int, dropouts: float, noise_mult
     return max(min_agents, least_agents(agents, dropouts)) if noise_multiplier else min_agents
 
 
-def noise_if_all_stay(noise_multiplier: float, agents: int, dropouts: float) -> float:
-    """Deviation of the noise in the sum when nobody drops out: ``z sqrt(n / n')``, in the units of z."""
-    return noise_multiplier * sqrt(agents / least_agents(agents, dropouts))
-
-
 def share_variance(
     *, noise_multiplier: float, clip_norm: float, step: float, agents: int, dropouts: float
 ) -> float:

@@ -221,4 +221,5 @@ def scale_of(plan: RoundPlan, schema: Schema) -> SharedScale:
         modulus_bits=terms.modulus_bits,
         agents=len(plan.cohort),
         noise_multiplier=terms.noise_multiplier,
+        dropouts=terms.dropouts,
     )

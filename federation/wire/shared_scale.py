@@ -15,10 +15,10 @@ step g: by magnitude, with the fraction as the probability to round up, so its e
 
     h = floor((R - 1) / 2 / n)      g = T C / (h sqrt(D))          n h <= (R - 1) / 2
 
-**With noise** (of deviation z C in the sum if all n devices add theirs) the noise takes most of the room: sums are mod R, read
-as centred, and leave it with the probability of a Gaussian variable beyond E deviations. The deviation of a coordinate of
-the sum is at most, in units of C, with b = 1 / sqrt(D), and as stochastic rounding has a variance of at most min(g^2 / 4,
-g abs(y)) ::
+**With noise**, of which n' devices together add the promised deviation z' C, and so all of them ``z C = z' C sqrt(n / n')``, the
+noise takes most of the room: sums are mod R, read as centred, and leave it with the probability of a Gaussian variable
+beyond E deviations. The deviation of a coordinate of the sum is at most, in units of C, with b = 1 / sqrt(D), and as
+stochastic rounding has a variance of at most min(g^2 / 4, g abs(y)) ::
 
     S^2 = n^2 b^2 + z^2 + n min(g^2 / 4, g b)               (R - 1) g / 2 = E S
 
@@ -33,7 +33,7 @@ may double what is sent.
 import os
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from math import cosh, exp, expm1, inf, prod, sqrt
+from math import cosh, exp, expm1, floor, inf, prod, sqrt
 from typing import Final
 
 import numpy as np
@@ -103,6 +103,7 @@ class SharedScale:
         modulus_bits: int,
         agents: int,
         noise_multiplier: float = 0.0,
+        dropouts: float = 0.0,
     ) -> "SharedScale":
         """The scale that follows from what a plan says.
 
@@ -111,7 +112,8 @@ class SharedScale:
             clip_norm: Above 0.
             modulus_bits: 8, 16 or 32.
             agents: At least 1.
-            noise_multiplier: See the class. Where some devices may drop out, that is more than is needed without them.
+            noise_multiplier: z': promised deviation of the noise in the sum, in units of C; 0 for none.
+            dropouts: Share of the devices, 0 to 1, excluded, without which the noise is what was promised.
 
         Raises:
             ConfigError: If the modulus leaves less than one step each way.
@@ -120,8 +122,9 @@ class SharedScale:
         layout = layout_of(max(count, 1))
         room = (1 << modulus_bits) - 1
         deviation = 1 / sqrt(layout.size)
-        if noise_multiplier:
-            step = _noisy_step(room, agents, deviation, noise_multiplier)
+        noise = noise_multiplier * sqrt(agents / max(1, agents - floor(agents * dropouts)))
+        if noise:
+            step = _noisy_step(room, agents, deviation, noise)
             largest = TAIL * deviation / step
         else:
             half = room // 2 // agents
@@ -132,9 +135,7 @@ class SharedScale:
                 f"set {16 if modulus_bits == 8 else 32}"  # noqa: PLR2004 - the next larger one
             )
         ordered = {name: tuple(schema[name]) for name in sorted(schema)}
-        return cls(
-            ordered, clip_norm, modulus_bits, agents, noise_multiplier, layout, step * clip_norm, largest
-        )
+        return cls(ordered, clip_norm, modulus_bits, agents, noise, layout, step * clip_norm, largest)
 
     @property
     def size(self) -> int:

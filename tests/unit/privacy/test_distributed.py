@@ -16,7 +16,6 @@ from federation.wire.shared_scale import SharedScale
 from privacy.distributed import (
     epsilon_of,
     least_agents,
-    noise_if_all_stay,
     noise_multiplier_for,
     share_variance,
 )
@@ -145,9 +144,15 @@ def test_the_noise_of_those_who_must_be_left_is_what_was_promised(dropouts: floa
     )
     left = least_agents(agents, dropouts)
     assert left * variance * step**2 == pytest.approx((noise * clip_norm) ** 2, rel=1e-12)
-    assert agents * variance * step**2 == pytest.approx(
-        (noise_if_all_stay(noise, agents, dropouts) * clip_norm) ** 2, rel=1e-12
+    scale = SharedScale.of(
+        {"w": (100,)},
+        clip_norm=clip_norm,
+        modulus_bits=16,
+        agents=agents,
+        noise_multiplier=noise,
+        dropouts=dropouts,
     )
+    assert agents * variance * step**2 == pytest.approx((scale.noise_multiplier * clip_norm) ** 2, rel=1e-12)
     share = Skellam(variance)
     total = np.zeros(count, dtype=np.int64)
     for _ in range(left):
@@ -166,7 +171,8 @@ def test_the_sum_errs_as_much_as_central_noise(agents: int, bits: int, dropouts:
         clip_norm=clip_norm,
         modulus_bits=bits,
         agents=agents,
-        noise_multiplier=noise_if_all_stay(noise, agents, dropouts),
+        noise_multiplier=noise,
+        dropouts=dropouts,
     )
     assert scale.wrap_probability < 1e-5
     share = Skellam(
