@@ -1,6 +1,7 @@
 """A federation in memory whose updates are masked, and what its devices have put into the sum."""
 
 import threading
+from collections.abc import Callable
 from hashlib import sha256
 
 import msgspec
@@ -15,6 +16,7 @@ from federation.wire.codec import schema_of
 from federation.wire.inbox import Limits
 from federation.wire.messages import RoundPlan
 from federation.wire.shared_scale import SharedScale
+from federation.wire.signing import Envelope
 from privacy.secagg.masks import MaskPlan
 
 WIDE = Limits(max_packet_bytes=16 * 1024)
@@ -45,6 +47,40 @@ class Recorder:
 
         monkeypatch.setattr(SharedScale, "reduced", seen)
         monkeypatch.setattr(worker, "mask_update", mask)
+
+
+def kind_of(topic: str, payload: bytes) -> str:
+    """What a message of an agent's branch is: ``keys``, ``shares``, ``offer``, ``agreement``, ``reveal``...; else empty."""
+    if not topic.endswith(("/up/secagg", "/up/offer", "/down/secagg", "/down/receipt")):
+        return ""
+    body = msgspec.msgpack.decode(msgspec.msgpack.decode(payload, type=Envelope).body)
+    return str(body["type"])
+
+
+def vanish(fleet: Federation, agents: list[str], when: str) -> Callable[[], None]:
+    """Cut the link of each of these agents in the moment when it sends such a message, which is lost.
+
+    Returns:
+        Brings them back, and lets them stay.
+    """
+    route = fleet.broker.route
+
+    def watch(client_id: str, topic: str, payload: bytes, *, qos: int, retain: bool) -> None:
+        for agent in agents:
+            if f"/agent/{agent}/up/" in topic and kind_of(topic, payload) == when:
+                for link in fleet.broker.links_of(agent):
+                    fleet.broker.cut(link)
+                return
+        route(client_id, topic, payload, qos=qos, retain=retain)
+
+    def come_back() -> None:
+        fleet.broker.route = route  # type: ignore[method-assign]
+        for link in fleet.broker.links:
+            if not link.connected:
+                fleet.broker.restore(link)
+
+    fleet.broker.route = watch  # type: ignore[method-assign]
+    return come_back
 
 
 def masked(fleet: Federation, **secagg: object) -> Federation:
