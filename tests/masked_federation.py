@@ -83,6 +83,30 @@ def vanish(fleet: Federation, agents: list[str], when: str) -> Callable[[], None
     return come_back
 
 
+def at_message(
+    fleet: Federation, when: str, count: int, act: Callable[[], None], *, of: str = ""
+) -> threading.Event:
+    """Do something in the moment of the so-many-th message of a kind (of that agent), which is lost.
+
+    Returns:
+        Set when it was done.
+    """
+    route, done, left = fleet.broker.route, threading.Event(), count
+
+    def watch(client_id: str, topic: str, payload: bytes, *, qos: int, retain: bool) -> None:
+        nonlocal left
+        if f"/agent/{of}" in topic and "/up/" in topic and kind_of(topic, payload) == when:
+            left -= 1
+            if not left:
+                act()
+                done.set()
+                return
+        route(client_id, topic, payload, qos=qos, retain=retain)
+
+    fleet.broker.route = watch  # type: ignore[method-assign]
+    return done
+
+
 def masked(fleet: Federation, **secagg: object) -> Federation:
     """Switch secure aggregation on."""
     settings = {"enabled": True, "min_agents": 2, "phase_s": 30.0} | secagg

@@ -2,8 +2,9 @@
 
 import numpy as np
 import pytest
-from masked_federation import Recorder, check_sums, masked, vanish
+from masked_federation import Recorder, at_message, check_sums, masked, vanish
 from memory_federation import PATIENCE_S, Start, TinyTrainer, base_arrays, eventually
+from memory_link import Weather
 
 
 @pytest.fixture
@@ -79,3 +80,59 @@ def test_a_sum_that_too_few_open_is_skipped_and_the_run_goes_on(
         assert [row.phase for row in store.rounds()] == ["closed", "closed"]
         assert len(store.updates(2)) >= 4
     assert any(not np.array_equal(array, base_arrays()[name]) for name, array in fleet.model(2).items())
+
+
+@pytest.mark.parametrize("when", ["keys", "shares", "offer", "agreement", "reveal"])
+@pytest.mark.parametrize("count", [1, 3])
+def test_a_server_that_dies_goes_on_with_the_same_attempt(
+    federation: Start, recorder: Recorder, when: str, count: int
+) -> None:
+    fleet = masked(federation(4, count=1, min_agents=4, gather_s=0))
+    trainers = {name: TinyTrainer() for name in fleet.names}
+    service, served = fleet.serve()
+    dies = at_message(fleet, when, count, service.stop)
+    for name, trainer in trainers.items():
+        fleet.join(name, trainer)
+    assert served.result(PATIENCE_S) is False
+    assert dies.is_set()
+    _, again = fleet.serve()
+    assert again.result(PATIENCE_S) is True
+    check_sums(fleet, recorder, {1: fleet.names})
+    assert all(trainer.ended == [1] for trainer in trainers.values())
+    with fleet.store() as store:
+        assert store.rounds()[0].attempt == 1
+    assert not list((fleet.folder / "server" / "secagg").iterdir())
+
+
+@pytest.mark.parametrize("when", ["keys", "shares", "offer", "agreement", "reveal"])
+def test_an_agent_that_is_started_again_counts_as_vanished(
+    federation: Start, recorder: Recorder, when: str
+) -> None:
+    fleet = masked(federation(6, **SIX), min_agents=4, phase_s=1.0)
+    agent = fleet.join("pi1", TinyTrainer())
+    died = at_message(fleet, when, 1, agent.stop, of="pi1")
+    for name in fleet.names:
+        if name != "pi1":
+            fleet.join(name, TinyTrainer())
+    _, served = fleet.serve()
+    eventually(died.is_set, "it dies")
+    fleet.agents.pop("pi1").result(PATIENCE_S)
+    again = TinyTrainer()
+    fleet.join("pi1", again)
+    assert served.result(PATIENCE_S) is True
+    with fleet.store() as store:
+        names = sorted(store.updates(1))
+        assert store.rounds()[0].attempt == 1
+    assert set(names) >= set(fleet.names) - {"pi1"}
+    assert ("pi1" in names) == (when in ("agreement", "reveal")) or when in ("keys", "offer")
+    check_sums(fleet, recorder, {1: names})
+
+
+def test_bad_weather_changes_nothing(federation: Start, recorder: Recorder) -> None:
+    weather = Weather(drop=0.03, duplicate=0.2, reorder=0.05, corrupt=0.03)
+    fleet = masked(federation(4, weather=weather, count=1))
+    for name in fleet.names:
+        fleet.join(name, TinyTrainer())
+    _, served = fleet.serve()
+    assert served.result(PATIENCE_S) is True
+    check_sums(fleet, recorder, {1: fleet.names})
