@@ -209,6 +209,26 @@ def revoke(
     typer.echo(f"{name} is revoked: nothing that it signs counts any more")
 
 
+@app.command()
+def roster(
+    path: Annotated[Path, typer.Argument(help="File to write.")],
+    file: ConfigOption = None,
+    federation: FederationOption = None,
+    state: StateOption = None,
+) -> None:
+    """Write the public keys of all devices: carried to each of them by hand, it shows up an aggregator that invents some."""
+    from aggregator.enrolment import Enrolment
+    from federation.roster import write_roster
+
+    flags = {"federation": federation, "state_dir": state}
+    effective = _settings(file or _served(state), flags)
+    keys = Enrolment(Path(effective.state_dir), effective.federation).agents()
+    write_roster(path, effective.federation, {name: bytes.fromhex(key) for name, key in keys.items()})
+    typer.echo(
+        f"wrote {path} ({len(keys)} devices); next, on each device: edge-agent run ... --roster {path.name}"
+    )
+
+
 @app.command("new-run")
 def new_run(
     state: Annotated[

@@ -6,7 +6,7 @@ from pathlib import Path
 import msgspec
 
 from aggregator.central_noise import CentralNoise
-from aggregator.config import AggregatorConfig
+from aggregator.config import AggregatorConfig, RoundsConfig
 from aggregator.records import StoredRound
 from aggregator.rounds import Masked, OpenRound
 from aggregator.secure_round import SecureRounds
@@ -51,6 +51,13 @@ class Plans:
         """What secure aggregation asks of the rounds, where it is on."""
         secagg = self._config.privacy.secagg
         return Masked(secagg.min_agents, secagg.dropouts) if secagg.enabled else None
+
+    @property
+    def rounds(self) -> RoundsConfig:
+        """The settings of the rounds: none opens with fewer devices than a sum needs."""
+        secagg, rounds = self._config.privacy.secagg, self._config.rounds
+        least = secagg.min_agents if secagg.enabled else 1
+        return msgspec.structs.replace(rounds, min_agents=max(rounds.min_agents, least))
 
     def resume(self, row: StoredRound) -> str:
         """The encoding of the updates of a round that was interrupted.

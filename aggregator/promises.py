@@ -90,6 +90,23 @@ def check_promises(config: AggregatorConfig) -> None:
             "privacy.secagg.modulus_bits = 8 leaves too few steps for updates without noise: set 16, or "
             "privacy.secagg.noise_multiplier"
         )
+    if secagg.enabled:
+        _check_cohort(config)
+
+
+def _check_cohort(config: AggregatorConfig) -> None:
+    secagg, rounds = config.privacy.secagg, config.rounds
+    if rounds.cohort_size and rounds.cohort_size < secagg.min_agents:
+        raise ConfigError(
+            f"rounds.cohort_size is {rounds.cohort_size}, less than privacy.secagg.min_agents = {secagg.min_agents}: devices "
+            f"refuse so small a sum; set rounds.cohort_size to at least {secagg.min_agents}"
+        )
+    most = secagg.dropouts / (1 - secagg.dropouts)
+    if rounds.over_selection > most:
+        raise ConfigError(
+            f"rounds.over_selection is {rounds.over_selection:g}: devices that a round does not wait for count as dropouts, "
+            f"of which privacy.secagg.dropouts allows {secagg.dropouts:.0%}; set it to {most:.2g} at most"
+        )
 
 
 def _check_client(config: AggregatorConfig) -> None:

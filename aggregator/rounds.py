@@ -370,7 +370,7 @@ class Rounds:
         least = quorum_of(self.wanted, self.config.quorum, self.config.min_agents)
         if self.masked is None:
             return least
-        return max(least, self.masked.min_agents, quorum_of(self.wanted, 1 - self.masked.dropouts, 1))
+        return max(least, self.masked.min_agents, quorum_of(len(self.cohort), 1 - self.masked.dropouts, 1))
 
     def _pending(self) -> Iterable[str]:
         return (agent for agent in self.cohort if agent not in self.delivered and agent not in self.out)

@@ -311,7 +311,9 @@ class SecureRounds:
         if counts:
             _note(attempt, record, message)
         if isinstance(message, MaskingKeys) and attempt.keys.get(record.agent) != record.data:
-            attempt.gone.add(record.agent)  # it has restarted since the roster was closed, without its secrets
+            attempt.gone.add(
+                record.agent
+            )  # it has restarted since the roster was closed, without its secrets
         if commands:
             attempt.journal.sync()
         return self._carry_out(attempt, commands, now)
