@@ -186,6 +186,7 @@ def _watch(console: Console, processes: Processes, state: Path, rounds: int) -> 
                 )
             if (state / "store.sqlite").exists():
                 report = collect(state)
+                _refuse_to_stand_still(report)
                 closed = sum(row.phase == "closed" for row in report.rounds)
                 online = sum(bool(row["online"]) for row in report.agents)
                 doing = f"round {closed + 1}" if report.rounds else f"{online} agents online"
@@ -197,6 +198,19 @@ def _watch(console: Console, processes: Processes, state: Path, rounds: int) -> 
         progress.update(task, completed=rounds, description="done")
         live.update(Group(rounds_table(report.rounds), "", agents_table(report.agents), "", progress))
     return report
+
+
+def _refuse_to_stand_still(report: Report) -> None:
+    """Raise if nobody takes part in the open round, as when the settings ask for what no agent accepts.
+
+    Raises:
+        ConfigError: With the reason of one of them.
+    """
+    reasons = [
+        row["reason"] for row in report.declines if report.rounds and row["round"] == report.rounds[-1].round
+    ]
+    if reasons and len(reasons) == len(report.agents):
+        raise ConfigError(f"all {len(reasons)} agents declined round {report.rounds[-1].round}: {reasons[0]}")
 
 
 def _unseen_images(data: str, folder: Path) -> Path:
