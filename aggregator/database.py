@@ -47,6 +47,10 @@ CREATE TABLE IF NOT EXISTS noisy_rounds (
     expected REAL NOT NULL, epsilon REAL NOT NULL, delta REAL NOT NULL, digest TEXT, encoding TEXT, next_clip_norm REAL,
     PRIMARY KEY (run, round)
 ) STRICT;
+CREATE TABLE IF NOT EXISTS masked_noise (
+    run TEXT NOT NULL, round INTEGER NOT NULL, noise_multiplier REAL NOT NULL, clip_norm REAL NOT NULL, noise REAL NOT NULL,
+    norm REAL NOT NULL, largest REAL NOT NULL, epsilon REAL NOT NULL, delta REAL NOT NULL, PRIMARY KEY (run, round)
+) STRICT;
 CREATE TABLE IF NOT EXISTS spent (
     run TEXT NOT NULL, round INTEGER NOT NULL, agent TEXT NOT NULL, entry INTEGER NOT NULL, spent TEXT NOT NULL, at REAL NOT NULL,
     PRIMARY KEY (run, round, agent)

@@ -20,6 +20,7 @@ from aggregator.config import AggregatorConfig
 from aggregator.enrolment import Enrolment
 from aggregator.evaluation import Evaluation, EvaluationDone
 from aggregator.folding import Down, FoldResult
+from aggregator.masked_noise import MaskedNoise
 from aggregator.plans import Plans
 from aggregator.presence import Presence
 from aggregator.reception import Checked, Reception
@@ -117,6 +118,7 @@ class Service:
         )
         self._executor = ThreadPoolExecutor(CHECKERS, thread_name_prefix="worker")
         self._noise = CentralNoise(config, store)
+        self._masked_noise = MaskedNoise(config, store)
         self._averaging = Averaging(
             store,
             task,
@@ -163,13 +165,13 @@ class Service:
         past = store.rounds()
         closed = [row for row in past if row.phase == "closed"]
         self._rounds = Rounds(
-            config.rounds,
+            self._plans.rounds,
             seed=config.train.seed,
             round=closed[-1].round if closed else 0,
             accuracies=[row.accuracy for row in closed if row.accuracy is not None],
             masked=self._plans.masked,
             draw=self._noise.draw,
-            budget=self._noise.budget(),
+            budget=self._noise.budget() or self._masked_noise.budget(),
         )
         self._interrupted = past[-1] if past and past[-1].phase != "closed" else None
         self._encoding = self._plans.encoding
@@ -389,6 +391,7 @@ class Service:
             self._encoding = self._plans.encoding
         self._noise.open(command.round, wanted=self._rounds.wanted, online=len(self._rounds.online))
         plan, objects = self._plans.make(command, self._encoding, self._chunk_bytes(), self._rounds.wanted)
+        self._masked_noise.pay(plan)
         self._store.open_round(
             command.round,
             command.attempt,

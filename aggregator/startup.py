@@ -14,6 +14,7 @@ from aggregator.central_noise import CentralNoise
 from aggregator.config import AggregatorConfig, TaskConfig
 from aggregator.enrolment import Enrolment
 from aggregator.initial_model import build_apart, build_here
+from aggregator.masked_noise import MaskedNoise
 from aggregator.promises import check_promises
 from aggregator.store import Store
 from aggregator.versions import WHOLE, remember_seed
@@ -63,6 +64,7 @@ def prepared(config: AggregatorConfig) -> Iterator[Ready]:
         task = settle_task(config.task, store)
         write_initial_model(config, store, task)
         CentralNoise(config, store).check()
+        MaskedNoise(config, store).check()
         enrolment = Enrolment(state, config.federation)
         if config.broker.url != EMBEDDED:
             yield Ready(store, enrolment, task, external_address(config, enrolment))

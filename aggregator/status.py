@@ -11,6 +11,7 @@ from rich.table import Table
 from rich.text import Text
 
 from aggregator.central_report import ClientPrivacy, client_privacy
+from aggregator.masked_noise import DistributedPrivacy, distributed_privacy
 from aggregator.spending import StoredSpent, last_spent
 from aggregator.store import Store
 from aggregator.traffic import StoredTraffic, TrafficLog
@@ -72,6 +73,7 @@ class Report(msgspec.Struct, frozen=True):
         refusal_counts: By code.
         declines: The newest, with code and reason.
         client_privacy: What was spent of the run's budget; None without client-level privacy.
+        distributed_privacy: The same for noise that the devices add together.
     """
 
     federation: str
@@ -82,6 +84,7 @@ class Report(msgspec.Struct, frozen=True):
     refusal_counts: dict[str, int]
     declines: list[dict[str, Any]] = []
     client_privacy: ClientPrivacy | None = None
+    distributed_privacy: DistributedPrivacy | None = None
 
     def to_json(self) -> str:
         """One JSON object, indented, with a newline."""
@@ -156,6 +159,7 @@ def collect(folder: Path) -> Report:
             refusal_counts=store.refusal_counts(),
             declines=declines,
             client_privacy=client_privacy(store),
+            distributed_privacy=distributed_privacy(store),
         )
 
 
@@ -165,8 +169,9 @@ def render(report: Report) -> str:
     with console.capture() as capture:
         console.print(f"federation [bold]{report.federation}[/], run {report.run}")
         console.print(rounds_table(report.rounds[-ROUNDS_SHOWN:]))
-        if report.client_privacy is not None:
-            console.print(report.client_privacy.to_text(), soft_wrap=True)
+        for spent in (report.client_privacy, report.distributed_privacy):
+            if spent is not None:
+                console.print(spent.to_text(), soft_wrap=True)
         console.print(agents_table(report.agents))
         if report.refusals:
             counts = ", ".join(f"{code} {count}" for code, count in report.refusal_counts.items())

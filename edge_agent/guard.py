@@ -24,7 +24,7 @@ log = structlog.get_logger()
 
 
 class TermsUnfitError(ConfigError):
-    """This device's data does not allow private training on the terms of the plan."""
+    """The terms of the plan do not fit: this device's data, or what they promise themselves."""
 
 
 @dataclass(frozen=True, slots=True)

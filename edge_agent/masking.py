@@ -5,13 +5,48 @@ from collections.abc import Mapping
 import numpy as np
 from numpy.typing import NDArray
 
+from edge_agent.guard import TermsUnfitError
 from federation.errors import ConfigError
-from federation.wire.codec import schema_of
+from federation.wire.codec import Schema, schema_of
 from federation.wire.masking import masked_encoding, scale_of
 from federation.wire.messages import RoundPlan
-from privacy.distributed import share_variance
+from privacy.distributed import epsilon_of, share_variance
+from privacy.rounded_sum import NoisySum
 from privacy.secagg.masks import MaskPlan
 from privacy.skellam import MAX_VARIANCE, Skellam, keystream
+
+ROUNDING_OF_EARLIER_ROUNDS = 1.05
+"""By how much this device's epsilon may exceed the promise: it takes all earlier rounds for as dear as this one, but grids differ
+with the size of the cohort."""
+
+
+def check_promise(plan: RoundPlan, schema: Schema) -> None:
+    """Refuse a plan whose noise does not give the epsilon that it states: the aggregator is not trusted with it.
+
+    Args:
+        plan: Of any kind.
+        schema: Of the model.
+
+    Raises:
+        TermsUnfitError: If the noise is too little for as many rounds as have begun.
+        ConfigError: If the modulus is too small for the cohort.
+    """
+    terms = plan.privacy.secagg
+    if terms is None or not terms.noise_multiplier:
+        return
+    scale = scale_of(plan, schema)
+    each = NoisySum.of(
+        noise_multiplier=terms.noise_multiplier,
+        clip_norm=terms.clip_norm,
+        step=scale.step,
+        largest=scale.largest,
+    )
+    spent = epsilon_of({each: plan.round}, terms.delta)
+    if spent > ROUNDING_OF_EARLIER_ROUNDS * terms.epsilon:
+        raise TermsUnfitError(
+            f"the plan promises epsilon {terms.epsilon:g} at delta {terms.delta:g}, but {plan.round} rounds with its noise "
+            f"multiplier {terms.noise_multiplier:g} make {spent:.3g}: this device takes no part"
+        )
 
 
 def mask_update(plan: RoundPlan, delta: Mapping[str, NDArray[np.float32]], masks: MaskPlan) -> bytes:

@@ -13,12 +13,13 @@ from numpy.typing import NDArray
 from edge_agent.base_model import Arrays, Recipe, make_base
 from edge_agent.guard import Guard, TermsUnfitError
 from edge_agent.kept_training import KeptTraining, Training
-from edge_agent.masking import mask_update
+from edge_agent.masking import check_promise, mask_update
 from edge_agent.outbox import Outbox
 from edge_agent.session import BaseUnusable, TrainingKept, UpdateReady, WorkFailed, masked
 from edge_agent.training import Cancelled, Trained, round_seed
 from federation.errors import BudgetExhaustedError, ConfigError, FedgeError, VerificationError
 from federation.task.names import is_plugin
+from federation.wire.codec import schema_of
 from federation.wire.messages import DeclineCode, RoundPlan, TaskSpec
 from privacy.budget import PrivateRound
 from privacy.secagg.errors import RefusedError
@@ -125,6 +126,7 @@ class Worker:
             except VerificationError as error:
                 self._post(BaseUnusable(plan.run, plan.round, str(error)))
                 return
+            check_promise(plan, schema_of(base))
             self._post(self._make_update(plan, base, largest_chunk, cancel))
         except Cancelled:
             log.info("training_cancelled", round=plan.round)

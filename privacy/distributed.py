@@ -8,8 +8,9 @@ The guarantee is against whoever sees only sums of n' devices or more: the aggre
 Devices that tell the aggregator what they have added take their noise away from the sum; choose n' without them.
 """
 
+from bisect import bisect_left
 from collections import Counter
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from math import ceil, floor, log10, sqrt
 from typing import Final
 
@@ -59,11 +60,11 @@ def share_variance(
     return (noise_multiplier * clip_norm / step) ** 2 / least_agents(agents, dropouts)
 
 
-def epsilon_of(rounds: Iterable[NoisySum], delta: float) -> float:
+def epsilon_of(rounds: Iterable[NoisySum] | Mapping[NoisySum, int], delta: float) -> float:
     """Epsilon of all rounds together.
 
     Args:
-        rounds: In any order. Devices need not take part in all; no amplification by sampling is claimed.
+        rounds: In any order, or how many there are of each. Devices need not take part in all; no amplification by sampling is claimed.
         delta: In (0, 1).
 
     Returns:
@@ -85,6 +86,31 @@ def epsilon_of(rounds: Iterable[NoisySum], delta: float) -> float:
     return float(compute_epsilon(np.array(ORDERS)[usable], total[usable], delta)[0])
 
 
+def affordable(
+    so_far: Iterable[NoisySum], each: NoisySum, epsilon: float, delta: float, *, at_most: int
+) -> int:
+    """How many more rounds a budget pays for.
+
+    Args:
+        so_far: That were paid for.
+        each: What one more round costs.
+        epsilon: The budget.
+        delta: In (0, 1).
+        at_most: Rounds that are wanted.
+
+    Returns:
+        The largest number up to ``at_most`` with which the whole stays within epsilon.
+    """
+    spent = Counter(so_far)
+
+    def fits(more: int) -> bool:
+        return epsilon_of(spent + Counter({each: more}), delta) <= epsilon
+
+    if at_most <= 0 or fits(at_most):
+        return max(0, at_most)
+    return bisect_left(range(at_most), True, key=lambda more: not fits(more + 1))
+
+
 def noise_multiplier_for(
     epsilon: float, delta: float, rounds: int, sum_with: Callable[[float], NoisySum], digits: int = 4
 ) -> float:
@@ -102,7 +128,7 @@ def noise_multiplier_for(
     """
 
     def fits(noise: float) -> bool:
-        return epsilon_of([sum_with(noise)] * rounds, delta) <= epsilon
+        return epsilon_of({sum_with(noise): rounds}, delta) <= epsilon
 
     high = 1.0
     while not fits(high):

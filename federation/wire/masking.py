@@ -15,6 +15,7 @@ from federation.wire.fields import MAX_COHORT, Attempt, Name, RoundNumber, RunId
 from federation.wire.messages import RoundPlan, decode_msgpack
 from federation.wire.shared_scale import SharedScale
 from federation.wire.signing import Envelope, Purpose, unseal
+from federation.wire.terms import SecAggTerms
 
 MASKED = "masked"
 """The family of encodings of masked updates, as devices announce it."""
@@ -215,11 +216,16 @@ def scale_of(plan: RoundPlan, schema: Schema) -> SharedScale:
     terms = plan.privacy.secagg
     if terms is None:
         raise ConfigError("the plan has no terms of secure aggregation: there is no common scale")
+    return scale_of_terms(terms, schema, len(plan.cohort))
+
+
+def scale_of_terms(terms: SecAggTerms, schema: Schema, cohort: int) -> SharedScale:
+    """The same, from the terms and the size of the cohort."""
     return SharedScale.of(
         schema,
         clip_norm=terms.clip_norm,
         modulus_bits=terms.modulus_bits,
-        agents=len(plan.cohort),
+        agents=cohort,
         noise_multiplier=terms.noise_multiplier,
         dropouts=terms.dropouts,
     )
