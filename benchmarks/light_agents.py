@@ -20,6 +20,7 @@ from edge_agent.training import Trained
 from federation.bundle import read_bundle
 from federation.logs import configure
 from federation.wire.messages import RoundPlan, TaskSpec, TrainMetrics
+from privacy.budget import PrivateRound
 
 SAMPLES = 100
 
@@ -39,6 +40,8 @@ class RandomTrainer:
         plan: RoundPlan,
         agent: str,  # noqa: ARG002 - the interface of a trainer
         cancelled: Callable[[], bool],  # noqa: ARG002
+        *,
+        private: PrivateRound | None = None,  # noqa: ARG002
     ) -> Trained:
         """Return the delta, float32, of the shapes of ``base``."""
         with self._guard:
@@ -50,6 +53,10 @@ class RandomTrainer:
                 }
         metrics = TrainMetrics(loss=0.0, accuracy=0.0, steps=1, train_s=0.0)
         return Trained(self._delta, SAMPLES, metrics)
+
+    def samples(self, task: TaskSpec) -> int:  # noqa: ARG002 - the interface of a trainer
+        """As many as it claims."""
+        return SAMPLES
 
     def initial(self, task: TaskSpec, seed: int) -> Arrays:  # noqa: ARG002 - the interface of a trainer
         """Build nothing, which is no version of any model: the full one is fetched."""

@@ -10,6 +10,7 @@ import structlog
 from msgspec.structs import replace
 from numpy.typing import NDArray
 
+from edge_agent import masking
 from edge_agent.base_model import Arrays, Recipe, make_base
 from edge_agent.guard import Guard, TermsUnfitError
 from edge_agent.kept_training import KeptTraining, Training
@@ -145,7 +146,7 @@ class Worker:
     def _mask(self, plan: RoundPlan, masks: MaskPlan, largest_chunk: int, cancel: Flag) -> None:
         try:
             training, delta = self._kept.take()
-            data = mask_update(plan, delta, masks)
+            data = masking.mask_update(plan, delta, masks)
             if cancel.is_set():
                 return
             offer = self._outbox.put_masked(

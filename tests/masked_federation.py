@@ -11,7 +11,7 @@ from memory_federation import Federation, base_arrays
 from numpy.typing import NDArray
 
 from aggregator.privacy_config import PrivacyConfig, SecAggConfig
-from edge_agent import worker
+from edge_agent import masking
 from federation.wire.codec import schema_of
 from federation.wire.inbox import Limits
 from federation.wire.messages import RoundPlan
@@ -32,7 +32,7 @@ class Recorder:
         self.plain: dict[str, Integers] = {}
         """By the SHA-256 of the masked update: its integers."""
         self.plans: dict[tuple[int, int], RoundPlan] = {}
-        here, original, reduced = threading.local(), worker.mask_update, SharedScale.reduced
+        here, original, reduced = threading.local(), masking.mask_update, SharedScale.reduced
 
         def seen(scale: SharedScale, integers: NDArray[np.int32]) -> Integers:
             here.vector = reduced(scale, integers)
@@ -46,7 +46,7 @@ class Recorder:
             return data
 
         monkeypatch.setattr(SharedScale, "reduced", seen)
-        monkeypatch.setattr(worker, "mask_update", mask)
+        monkeypatch.setattr(masking, "mask_update", mask)
 
 
 def kind_of(topic: str, payload: bytes) -> str:
