@@ -17,7 +17,13 @@ from privacy.secagg.unmask import MaskedSum, UnmaskPlan
 CONTEXT = context_of("federation", "run", 1, 1, b"base")
 PHASE_S = 30.0
 
-Message = aggregator.ServerEvent | device.ClientEvent
+FromDevice = (
+    aggregator.KeysArrived
+    | aggregator.SharesArrived
+    | aggregator.MaskedStored
+    | aggregator.AgreementArrived
+    | aggregator.RevealArrived
+)
 
 
 def names_of(count: int) -> tuple[str, ...]:
@@ -36,8 +42,8 @@ class Cohort:
     Attributes:
         heard: All events that the aggregator's machine was fed.
         stored: Masked vectors as they came in, by name.
-        told: What the aggregator said last, by name.
         gone: Devices that have no power any more.
+        hold_reveals: Whether reveals go to ``held`` instead of the network.
     """
 
     names: tuple[str, ...]
@@ -56,7 +62,9 @@ class Cohort:
     ignored: list[str] = field(default_factory=list)
     client_aborts: dict[str, str] = field(default_factory=dict)
     gone: set[str] = field(default_factory=set)
-    up: list[tuple[str, aggregator.ServerEvent]] = field(default_factory=list)
+    hold_reveals: bool = False
+    held: list[aggregator.RevealArrived] = field(default_factory=list)
+    up: list[tuple[str, FromDevice]] = field(default_factory=list)
     down: list[tuple[str, device.ClientEvent]] = field(default_factory=list)
     plan: UnmaskPlan | None = None
     aborted: aggregator.Abort | None = None
@@ -116,23 +124,29 @@ class Cohort:
         for command in commands:
             match command:
                 case device.SendKeys(keys):
-                    self.up.append((name, aggregator.KeysArrived(name, keys)))
+                    self.send_up(aggregator.KeysArrived(name, keys))
                 case device.SendShares(sealed):
-                    self.up.append((name, aggregator.SharesArrived(name, sealed)))
+                    self.send_up(aggregator.SharesArrived(name, sealed))
                 case device.ApplyMasks(plan):
                     masked = self.vectors[name].copy()
                     plan.apply(masked)
                     self.tell_device(name, device.VectorMasked())
                     self.stored.setdefault(name, masked)
-                    self.up.append((name, aggregator.MaskedStored(name)))
+                    self.send_up(aggregator.MaskedStored(name))
                 case device.SendAgreement(digest):
-                    self.up.append((name, aggregator.AgreementArrived(name, digest)))
+                    self.send_up(aggregator.AgreementArrived(name, digest))
                 case device.SendReveal(seeds, keys):
-                    self.up.append((name, aggregator.RevealArrived(name, seeds, keys)))
+                    self.send_up(aggregator.RevealArrived(name, seeds, keys))
                 case device.Ignored(reason):
                     self.ignored.append(reason)
                 case device.Abort(reason):
                     self.client_aborts[name] = reason
+
+    def send_up(self, event: FromDevice) -> None:
+        if isinstance(event, aggregator.RevealArrived) and self.hold_reveals:
+            self.held.append(event)
+        else:
+            self.up.append((event.agent, event))
 
     # --- in good weather ------------------------------------------------------------------------------------------
 

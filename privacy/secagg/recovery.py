@@ -55,11 +55,11 @@ class Recovery:
             RefusedError: If it holds no such share, or a share is malformed.
         """
         owners = self._graph.holders(holder)  # holding is mutual
-        if stray := seeds.keys() - owners & set(self._survivors):
+        if stray := seeds.keys() - (owners & set(self._survivors)):
             raise RefusedError(
                 f"{holder!r} has no share of the seed of {min(stray)!r}, a survivor, to reveal"
             )
-        if stray := keys.keys() - owners & self._vanished:
+        if stray := keys.keys() - (owners & self._vanished):
             raise RefusedError(
                 f"{holder!r} has no share of the key of {min(stray)!r}, who vanished, to reveal"
             )
