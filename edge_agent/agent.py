@@ -405,11 +405,8 @@ class Agent:
             case Train(plan):
                 self._upload = UploadShare()
                 self._worker.start(plan, self._cache.recipe(), self._link.limits.largest_chunk)
-            case JoinSum(plan):
-                for event in self._secure.join(plan, now):
-                    self._inbox.post(event)
-            case Mask(plan):
-                self._worker.mask(plan, self._secure.take_masks(), self._link.limits.largest_chunk)
+            case JoinSum(plan) | Mask(plan):
+                self._masking(plan, now, mask=isinstance(command, Mask))
             case Abandon(reason):
                 log.info("round_abandoned", reason=reason)
                 self._worker.cancel()
@@ -437,6 +434,13 @@ class Agent:
                     reason=reason,
                     remedy="if the aggregator was restored from a backup, begin a new run (docs/operations.md)",
                 )
+
+    def _masking(self, plan: RoundPlan, now: float, *, mask: bool) -> None:
+        if mask:
+            self._worker.mask(plan, self._secure.take_masks(), self._link.limits.largest_chunk)
+            return
+        for event in self._secure.join(plan, now):
+            self._inbox.post(event)
 
     def _fetching(self, step: Callable[[], None], now: float) -> None:
         try:

@@ -14,7 +14,7 @@ from edge_agent import masking
 from edge_agent.base_model import Arrays, Recipe, make_base
 from edge_agent.guard import Guard, TermsUnfitError
 from edge_agent.kept_training import KeptTraining, Training
-from edge_agent.masking import check_promise, mask_update
+from edge_agent.masking import check_promise
 from edge_agent.outbox import Outbox
 from edge_agent.session import BaseUnusable, TrainingKept, UpdateReady, WorkFailed, masked
 from edge_agent.training import Cancelled, Trained, round_seed

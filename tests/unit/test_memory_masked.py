@@ -62,9 +62,7 @@ def test_after_too_many_vanish_all_mask_anew_and_nobody_trains_again(
     eventually(lambda: not list(fleet.folder.glob("pi*/secagg/trained")), "nothing is kept of it")
 
 
-def test_a_sum_that_too_few_open_is_skipped_and_the_run_goes_on(
-    federation: Start, recorder: Recorder
-) -> None:
+def test_a_sum_that_too_few_open_is_skipped_and_the_run_goes_on(federation: Start) -> None:
     fleet = masked(federation(6, **SIX | {"count": 2}), min_agents=4, phase_s=0.5)
     come_back = vanish(fleet, HALF, "reveal")
     for name in fleet.names:
