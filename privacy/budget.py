@@ -7,6 +7,10 @@ from privacy.accounting import Spend, epsilon_pld, noise_multiplier_for, snapped
 from privacy.errors import OverBudgetError, TermsError
 from privacy.ledger_format import Entry
 
+MOST_NOISE = 4.0
+"""Times the least noise of a run: rounds that were paid for more than once make the later ones noisier, up to here. An update
+counts as much as any other, so one with four times the noise weighs as sixteen in the variance of the average."""
+
 
 @dataclass(frozen=True, slots=True)
 class PrivateRound:
@@ -77,7 +81,8 @@ def plan_round(terms: Terms, paid: Sequence[Entry], limits: Limits, samples: int
 
     A step takes each sample with probability q = batch_size / n, rounded up to three digits; an epoch is round(1/q)
     steps. Noise, where the plan gives a target epsilon, is what the run used last if the rounds that are left fit with
-    it, else the least with which they fit, counting what the run has spent on this device already.
+    it, else the least with which they fit, counting what the run has spent on this device already. Where that would be more
+    than :data:`MOST_NOISE` times what the run began with, the budget counts as exhausted.
 
     Args:
         terms: Of the plan.
@@ -155,8 +160,20 @@ def _check_terms(terms: Terms, limits: Limits, samples: int) -> None:
 def _noise_for_run(terms: Terms, paid: Sequence[Entry], rate: float, steps: int) -> float:
     of_run = [entry.spend for entry in paid if entry.run == terms.run]
     left = steps * max(1, terms.rounds - terms.round + 1)
-    if of_run:
-        same = of_run[-1].noise_multiplier
-        if within([*of_run, Spend(same, rate, left)], terms.delta, terms.epsilon):
-            return same
-    return noise_multiplier_for(terms.epsilon, terms.delta, of_run, rate, left)
+    if not of_run:
+        return noise_multiplier_for(terms.epsilon, terms.delta, of_run, rate, left)
+    same = of_run[-1].noise_multiplier
+    if within([*of_run, Spend(same, rate, left)], terms.delta, terms.epsilon):
+        return same
+    noise = noise_multiplier_for(terms.epsilon, terms.delta, of_run, rate, left)
+    least = min(spend.noise_multiplier for spend in of_run)
+    if noise > MOST_NOISE * least:
+        spent = epsilon_pld(of_run, terms.delta)
+        raise OverBudgetError(
+            f"epsilon {spent:.3g} of {terms.epsilon:g} is spent in this run (delta {terms.delta:g}); what is left is enough "
+            f"for round {terms.round} only with noise {noise:g}, where the run began with {least:g}: such an update would "
+            "harm the model. This device sits out the rest of the run; the next run has a budget of its own",
+            spent=spent,
+            limit=terms.epsilon,
+        )
+    return noise

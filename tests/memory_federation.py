@@ -12,9 +12,11 @@ from numpy.typing import NDArray
 
 from aggregator.config import AggregatorConfig, RoundsConfig
 from aggregator.enrolment import Enrolment
+from aggregator.privacy_config import PrivacyConfig
 from aggregator.service import Service
 from aggregator.store import Store
 from edge_agent.agent import Agent, Options
+from edge_agent.config import PrivacyLimits
 from edge_agent.terms import parse_requirement
 from edge_agent.training import Cancelled, Trained
 from federation.bundle import Bundle
@@ -138,7 +140,15 @@ class Federation:
     """One server and its agents, each in a thread."""
 
     def __init__(
-        self, folder: Path, broker: MemoryBroker, agents: int, *, up: str, down: str, **rounds: float
+        self,
+        folder: Path,
+        broker: MemoryBroker,
+        agents: int,
+        *,
+        up: str,
+        down: str,
+        privacy: PrivacyConfig,
+        **rounds: float,
     ) -> None:
         self.folder, self.broker = folder, broker
         self.names = [f"pi{number}" for number in range(agents)]
@@ -150,6 +160,7 @@ class Federation:
             down_encoding=down,
             keep_deltas=KEEP,
             rounds=RoundsConfig(**settings),  # type: ignore[arg-type]
+            privacy=privacy,
         )
         with self.store() as store:
             info = CheckpointInfo(federation=NAME, round=0, task=TASK)
@@ -178,7 +189,14 @@ class Federation:
 
         return service, self.pool.submit(run)
 
-    def join(self, name: str, trainer: TinyTrainer, *, require: Sequence[str] = ()) -> Agent:
+    def join(
+        self,
+        name: str,
+        trainer: TinyTrainer,
+        *,
+        require: Sequence[str] = (),
+        limits: PrivacyLimits | None = None,
+    ) -> Agent:
         able = Capabilities(
             version="0",
             device="cpu",
@@ -189,7 +207,12 @@ class Federation:
             platform="test",
         )
         required = tuple(parse_requirement(text) for text in require)
-        options = Options(state_dir=self.folder / name, telemetry_s=0, required=required)
+        options = Options(
+            state_dir=self.folder / name,
+            telemetry_s=0,
+            required=required,
+            limits=limits or PrivacyLimits(),
+        )
         agent = Agent(self.bundles[name], able, trainer, options, make_link=self.broker.make_link)
         self.running.append(agent)
         self.agents[name] = self.pool.submit(agent.run)

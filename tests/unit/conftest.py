@@ -7,6 +7,8 @@ import pytest
 from memory_federation import LIMITS, Federation, Start
 from memory_link import MemoryBroker, Weather
 
+from aggregator.privacy_config import PrivacyConfig
+
 
 @pytest.fixture
 def federation(tmp_path: Path) -> Iterator[Start]:
@@ -19,11 +21,20 @@ def federation(tmp_path: Path) -> Iterator[Start]:
         seed: int = 0,
         up: str = "float32",
         down: str = "full",
+        privacy: PrivacyConfig | None = None,
         **rounds: float,
     ) -> Federation:
         broker = MemoryBroker(weather or Weather(), LIMITS, seed)
         started.append(
-            Federation(tmp_path / f"memory-{len(started)}", broker, agents, up=up, down=down, **rounds)
+            Federation(
+                tmp_path / f"memory-{len(started)}",
+                broker,
+                agents,
+                up=up,
+                down=down,
+                privacy=privacy or PrivacyConfig(),
+                **rounds,
+            )
         )
         return started[-1]
 
