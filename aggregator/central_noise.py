@@ -13,6 +13,7 @@ The mathematics is ``privacy.central``; this is its memory, the table ``noisy_ro
 * **A clip norm that adapts** is noisy too: the next one is committed together with the digest.
 """
 
+import math
 from collections.abc import Callable, Collection
 from dataclasses import dataclass
 from functools import partial
@@ -234,11 +235,12 @@ class CentralNoise:
                 f"sampling_rate = {announced[1]:g}; they are {now[0]:g} and {now[1]:g}: set them back until it is closed"
             )
 
-    def open(self, number: int, *, wanted: int, online: int) -> None:
+    def open(self, number: int, schema: Schema, *, wanted: int, online: int) -> None:
         """Pay for a round, once, before it is announced; its later attempts are paid for.
 
         Args:
             number: Of the round.
+            schema: Of the model, to warn of noise in which nothing can be learned.
             wanted: Devices that are to deliver.
             online: Devices of which a secret draw took each with its probability.
 
@@ -271,6 +273,20 @@ class CentralNoise:
                 ),
             )
         log.info("round_paid", round=number, clip_norm=clip_norm, expected_devices=expected)
+        self._warn(schema, ClientMechanism(clip_norm, client.noise_multiplier, expected))
+
+    def _warn(self, schema: Schema, mechanism: ClientMechanism) -> None:
+        noise = mechanism.noise_norm(sum(math.prod(shape) for shape in schema.values()))
+        if noise > mechanism.clip_norm and not self._warned:
+            self._warned = True  # once in a process: it is the same in all rounds
+            log.warning(
+                "noise_exceeds_updates",
+                noise_l2=float(f"{noise:.3g}"),
+                longest_mean_l2=mechanism.clip_norm,
+                expected_devices=mechanism.expected,
+                remedy="more devices per round, a smaller model, or a larger epsilon: the noise on the mean is longer than the "
+                "mean can be, so that little or nothing is learned (docs/privacy.md)",
+            )
 
     def of_round(self, number: int) -> RoundNoise | None:
         """The noise that was paid for; None if none was."""

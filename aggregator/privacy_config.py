@@ -40,7 +40,7 @@ class ClientConfig(Table, frozen=True):
         clip_norm: L2 norm to which each update is clipped; where it adapts, that of the first round.
         quantile: Share of the updates that shall be below the clip norm, which adapts to it; 0 keeps it fixed.
         clip_learning_rate: Of the adaptation.
-        sampling_rate: Probability with which each device that is online is drawn into a round, by a secret draw; 1 takes all and claims no amplification.
+        sampling_rate: Probability with which each device that is online is drawn into a round, by a secret draw, perhaps nobody; 1 takes all and claims no amplification. Below 1, rounds.min_agents counts who is online, and a round closes after its second deadline with what has come.
     """
 
     noise_multiplier: NonNegative = 0.0

@@ -389,7 +389,8 @@ class Service:
     def _open(self, command: OpenCommand) -> None:
         if self._interrupted is None or self._interrupted.round != command.round:
             self._encoding = self._plans.encoding
-        self._noise.open(command.round, wanted=self._rounds.wanted, online=len(self._rounds.online))
+        schema = self._averaging.schema(command.round)
+        self._noise.open(command.round, schema, wanted=self._rounds.wanted, online=len(self._rounds.online))
         plan, objects = self._plans.make(command, self._encoding, self._chunk_bytes(), self._rounds.wanted)
         self._masked_noise.pay(plan)
         self._store.open_round(
@@ -417,7 +418,7 @@ class Service:
                 cohort=frozenset(plan.cohort),
                 encoding=plan.up_encoding,
                 upload_chunk_bytes=plan.upload_chunk_bytes,
-                schema=self._averaging.schema(plan.round),
+                schema=schema,
                 accepted={agent: update.sha256 for agent, update in accepted.items()},
                 masking=masking,
                 sample=plan.privacy.sample,

@@ -42,7 +42,7 @@ class ClientTerms(Wire, frozen=True):
     Neighbouring federations differ by one device, added or removed with all that it has. The aggregator is trusted.
 
     Attributes:
-        clip_norm: L2 norm to which an update is clipped; the first one where it adapts.
+        clip_norm: L2 norm to which an update is clipped in this round; it may adapt from round to round.
         noise_multiplier: Standard deviation of the noise on the sum, in units of the clip norm.
         epsilon: That the run will have spent at most.
         delta: At which epsilon is stated.

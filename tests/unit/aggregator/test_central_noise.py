@@ -4,6 +4,7 @@ from pathlib import Path
 
 import msgspec
 import pytest
+from structlog.testing import capture_logs
 
 from aggregator.central_noise import CentralNoise, noisy_rounds
 from aggregator.central_report import client_privacy
@@ -16,6 +17,7 @@ from federation.wire.terms import ClientTerms
 from privacy.accounting import Spend, epsilon_pld
 
 BASE = "0" * 64
+SCHEMA = {"w": (100, 9), "b": (100,)}
 
 
 @pytest.fixture
@@ -31,7 +33,7 @@ def config(**client: float) -> AggregatorConfig:
 
 
 def open_round(noise: CentralNoise, store: Store, number: int, *, closed: bool = True) -> None:
-    noise.open(number, wanted=5, online=5)
+    noise.open(number, SCHEMA, wanted=5, online=5)
     store.open_round(number, 1, ("pi1", "pi2"), base=BASE, encoding="float32", deadline_s=1.0)
     if closed:
         store.close_round(number, 0.1, StoredVersion("1" * 64, "full"))
@@ -49,7 +51,7 @@ def test_without_noise_nothing_is_paid_or_promised(store: Store) -> None:
 def test_a_round_is_paid_for_once_however_often_it_is_opened(store: Store) -> None:
     noise = CentralNoise(config(), store)
     open_round(noise, store, 1, closed=False)
-    noise.open(1, wanted=3, online=2)  # its second attempt, or after a restart
+    noise.open(1, SCHEMA, wanted=3, online=2)  # its second attempt, or after a restart
     (paid,) = noisy_rounds(store)
     assert (paid.round, paid.noise_multiplier, paid.clip_norm, paid.expected) == (1, 2.0, 0.5, 5.0)
     assert paid.spend == Spend(2.0, 1.0, 1)
@@ -59,8 +61,8 @@ def test_a_round_that_was_paid_for_but_never_opened_is_paid_for_anew_with_what_i
     store: Store,
 ) -> None:
     noise = CentralNoise(config(), store)
-    noise.open(1, wanted=5, online=5)
-    noise.open(1, wanted=7, online=7)
+    noise.open(1, SCHEMA, wanted=5, online=5)
+    noise.open(1, SCHEMA, wanted=7, online=7)
     assert [paid.expected for paid in noisy_rounds(store)] == [7.0]
 
 
@@ -78,9 +80,9 @@ def test_a_new_run_in_the_same_folder_pays_again_and_forgets_nothing(store: Stor
 
 def test_the_divisor_is_known_before_anybody_delivers(store: Store) -> None:
     drawn = CentralNoise(config(sampling_rate=0.1), store)
-    drawn.open(1, wanted=2, online=300)
+    drawn.open(1, SCHEMA, wanted=2, online=300)
     assert noisy_rounds(store)[0].expected == pytest.approx(30.0)
-    drawn.open(1, wanted=0, online=3)
+    drawn.open(1, SCHEMA, wanted=0, online=3)
     assert noisy_rounds(store)[0].expected == 1.0, "fewer than one device would enlarge an update"
 
 
@@ -98,7 +100,7 @@ def test_the_budget_names_the_last_round_and_the_payment_is_refused_after_it(sto
     assert again.last_round == 3, "after a restart too"
     open_round(noise, store, 3)
     with pytest.raises(BudgetExhaustedError, match=r"round 4 would exceed privacy\.client\.epsilon"):
-        noise.open(4, wanted=5, online=5)
+        noise.open(4, SCHEMA, wanted=5, online=5)
     assert len(noisy_rounds(store)) == 3
     report = client_privacy(store)
     assert report is not None
@@ -136,7 +138,7 @@ def test_whoever_knows_the_cohorts_is_told_the_rounds_of_the_device_that_was_dra
 ) -> None:
     noise = CentralNoise(config(sampling_rate=0.1), store)
     for number, cohort in enumerate([("a",), ("b",), ("a", "b"), (), ("a",)], 1):
-        noise.open(number, wanted=len(cohort), online=20)
+        noise.open(number, SCHEMA, wanted=len(cohort), online=20)
         store.open_round(number, 1, cohort, base=BASE, encoding="float32", deadline_s=1.0)
     report = client_privacy(store)
     assert report is not None
@@ -234,3 +236,15 @@ def test_under_any_terms_all_updates_weigh_the_same(
         settings.privacy, sample=msgspec.structs.replace(settings.privacy.sample, noise_multiplier=sample)
     )
     assert CentralNoise(msgspec.structs.replace(settings, privacy=privacy), store).equal == equal
+
+
+@pytest.mark.parametrize(("devices", "warned"), [(62, 1), (64, 0)])
+def test_noise_in_which_nothing_can_be_learned_is_told_once(devices: int, warned: int, store: Store) -> None:
+    """1,000 values and z = 2: the noise on the mean has an L2 norm of 63.2 C / n."""
+    with capture_logs() as logs:
+        noise = CentralNoise(config(), store)
+        for number in (1, 2):
+            noise.open(number, SCHEMA, wanted=devices, online=devices)
+    told = [entry for entry in logs if entry["event"] == "noise_exceeds_updates"]
+    assert len(told) == warned
+    assert all(entry["noise_l2"] == pytest.approx(0.51, abs=0.005) for entry in told)

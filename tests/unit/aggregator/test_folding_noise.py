@@ -65,7 +65,7 @@ def paid(store: Store, noise_multiplier: float, *, quantile: float = 0.0) -> Cen
     )
     noise = CentralNoise(AggregatorConfig(privacy=PrivacyConfig(client=client)), store)
     if not noisy_rounds(store):
-        noise.open(1, wanted=4, online=4)
+        noise.open(1, SCHEMA, wanted=4, online=4)
     return noise
 
 
@@ -175,7 +175,7 @@ def test_a_model_of_a_former_run_is_not_taken_for_this_rounds(store: Store) -> N
     updates = put(store, pi1=delta_of(1, 1.0))
     former = fold(store, updates, 2.0).version
     store.begin_run()
-    paid(store, 2.0).open(1, wanted=4, online=4)
+    paid(store, 2.0).open(1, SCHEMA, wanted=4, online=4)
     assert fold(store, updates, 2.0).version != former
 
 
