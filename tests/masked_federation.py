@@ -14,6 +14,7 @@ from aggregator.privacy_config import PrivacyConfig, SecAggConfig
 from edge_agent import masking
 from federation.wire.codec import schema_of
 from federation.wire.inbox import Limits
+from federation.wire.masking import scale_of
 from federation.wire.messages import RoundPlan
 from federation.wire.shared_scale import SharedScale
 from federation.wire.signing import Envelope
@@ -122,13 +123,7 @@ def expected_model(
     """Base plus the mean of the plain sum of these updates' integers."""
     terms = plan.privacy.secagg
     assert terms is not None
-    scale = SharedScale.of(
-        schema_of(base),
-        clip_norm=terms.clip_norm,
-        modulus_bits=terms.modulus_bits,
-        agents=len(plan.cohort),
-        noise_multiplier=terms.noise_multiplier,
-    )
+    scale = scale_of(plan, schema_of(base))
     total = np.zeros(scale.size, scale.dtype)
     for digest in digests:
         total += recorder.plain[digest]
