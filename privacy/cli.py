@@ -6,8 +6,10 @@ import typer
 
 from federation.cli import new_app, run
 from privacy.commands.audit_options import audit_command
+from privacy.commands.plan_options import plan_command
 
 app: typer.Typer = new_app("Plan privacy before a deployment, audit it afterwards.")
+app.command("plan")(plan_command)
 app.command("audit")(audit_command)
 
 

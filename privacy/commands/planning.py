@@ -104,8 +104,11 @@ def changes_of(question: Question, parameters: int) -> list[Change]:
     """What changing one thing would do to the noise of sample-level privacy, epsilon being the same."""
     train = question.train
     others = [("half as many rounds", max(1, question.rounds // 2), train.batch_size, question.samples)]
-    if 2 * train.batch_size <= question.samples:
-        others.append((f"batches of {2 * train.batch_size}", question.rounds, 2 * train.batch_size, question.samples))  # fmt: skip
+    larger = next(
+        (size for size in (4 * train.batch_size, 2 * train.batch_size) if size <= question.samples), None
+    )
+    if larger is not None:
+        others.append((f"batches of {larger}", question.rounds, larger, question.samples))
     others.append(("twice the samples per device", question.rounds, train.batch_size, 2 * question.samples))
     found = []
     for what, rounds, batch, samples in others:
