@@ -105,6 +105,7 @@ class Masking(RuleBasedStateMachine):
 
     # --- both ends ------------------------------------------------------------------------------------------------
 
+    @precondition(lambda self: len(self.cohort.gone) <= len(self.cohort.names) // 3)
     @rule(which=st.integers(0, 6), told=st.booleans())
     def a_device_vanishes(self, which: int, told: bool) -> None:
         name = self.cohort.names[which % len(self.cohort.names)]
@@ -127,7 +128,13 @@ class Masking(RuleBasedStateMachine):
 
     @rule()
     def time_passes(self) -> None:
-        self.cohort.time_out()
+        self.cohort.now += PHASE_S / 2 + 1
+        self.cohort.tell_server(aggregator.Tick())
+
+    @precondition(lambda self: self.cohort.stored)
+    @rule()
+    def the_round_ends(self) -> None:
+        self.cohort.tell_server(aggregator.CloseMasking())
 
     @rule(clock=st.sampled_from([0.0, 1e6]))
     def the_aggregator_restarts(self, clock: float) -> None:
@@ -169,8 +176,10 @@ class Masking(RuleBasedStateMachine):
     def teardown(self) -> None:
         if not hasattr(self, "cohort"):
             return
-        for _ in range(2 * len(ServerPhase)):
-            self.fair_weather(2)
+        for _ in ServerPhase:
+            self.cohort.run()
+            self.devices_repeat()
+            self.cohort.run()
             self.cohort.time_out()
         assert self.cohort.plan is not None or self.cohort.aborted is not None, "it ends"
         self.the_sum_is_exact()
