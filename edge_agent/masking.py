@@ -60,6 +60,7 @@ def mask_update(plan: RoundPlan, delta: Mapping[str, NDArray[np.float32]], masks
         masks: Of the plan's attempt; they are used up.
 
     Raises:
+        TermsUnfitError: If the plan promises more than its noise gives; a later attempt may.
         ConfigError: If the plan contradicts itself, the update is not finite, or the noise is more than can be drawn.
         RefusedError: If the masks are gone: the attempt is over.
     """
@@ -68,6 +69,7 @@ def mask_update(plan: RoundPlan, delta: Mapping[str, NDArray[np.float32]], masks
         raise ConfigError(
             f"the plan's encoding is {plan.up_encoding!r}, which its terms of secure aggregation do not give: upgrade fedge"
         )
+    check_promise(plan, schema_of(delta))
     scale = scale_of(plan, schema_of(delta))
     entropy = keystream()
     integers = scale.integers(delta, terms.rotation_seed, entropy)
