@@ -35,6 +35,7 @@ from federation.wire.codec import Schema
 from federation.wire.terms import PrivacyTerms
 from privacy.accounting import Spend, epsilon_pld, noise_multiplier_for, within
 from privacy.central import Adaptation, ClientMechanism, affordable
+from privacy.errors import OverBudgetError
 
 log = structlog.get_logger()
 
@@ -216,14 +217,19 @@ class CentralNoise:
                 "state_dir"
             )
         if not self._so_far() and not within([self._step], client.delta, client.epsilon):
-            enough = noise_multiplier_for(
-                client.epsilon, client.delta, (), client.sampling_rate, self._config.rounds.count
-            )
             raise ConfigError(
                 f"privacy.client.epsilon is {client.epsilon:g}, but one round with privacy.client.noise_multiplier = "
                 f"{client.noise_multiplier:g} costs {epsilon_pld([self._step], client.delta):.3g} at delta {client.delta:g}: "
-                f"for all {self._config.rounds.count} rounds it takes a noise_multiplier of {enough:g}"
+                + self._remedy()
             )
+
+    def _remedy(self) -> str:
+        client, count = self._client, self._config.rounds.count
+        try:
+            enough = noise_multiplier_for(client.epsilon, client.delta, (), client.sampling_rate, count)
+        except OverBudgetError:
+            return f"no noise is enough for {count} rounds; raise epsilon"
+        return f"for all {count} rounds it takes a noise_multiplier of {enough:g}"
 
     def _check_open(self, number: int, paid: NoisyRound | None) -> None:
         client = self._client

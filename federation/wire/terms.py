@@ -39,7 +39,8 @@ class SampleTerms(Wire, frozen=True):
 class ClientTerms(Wire, frozen=True):
     """Client-level differential privacy: the aggregator clips each update and adds noise to their sum.
 
-    Neighbouring federations differ by one device, added or removed with all that it has. The aggregator is trusted.
+    Neighbouring federations differ by all updates of one device, which in the other one are zero: what it has is protected,
+    not that it takes part. The aggregator is trusted.
 
     Attributes:
         clip_norm: L2 norm to which an update is clipped in this round; it may adapt from round to round.

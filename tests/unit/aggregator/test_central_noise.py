@@ -158,6 +158,11 @@ def test_a_budget_that_pays_for_no_round_is_refused_with_the_noise_that_would_do
     assert budget.last_round == 10
 
 
+def test_a_budget_for_which_no_noise_is_enough_is_refused_too(store: Store) -> None:
+    with pytest.raises(ConfigError, match="no noise is enough for 10 rounds; raise epsilon"):
+        CentralNoise(config(epsilon=1e-7), store).check()
+
+
 def test_a_spent_budget_is_no_error_at_start(store: Store) -> None:
     noise = CentralNoise(config(epsilon=epsilon_pld([Spend(2.0, 1.0, 1)], 1e-5)), store)
     open_round(noise, store, 1)

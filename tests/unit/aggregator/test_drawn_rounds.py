@@ -3,6 +3,8 @@
 from collections.abc import Collection, Sequence
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 from scipy import stats
 
 from aggregator.cohort import draw_secretly
@@ -149,6 +151,43 @@ def test_a_budget_for_no_round_opens_none_and_one_for_more_than_are_wanted_chang
     ample, _ = machine(budget=Budget(99, "epsilon is spent"), count=1)
     ample.round = 1
     assert ample.start(0.0) == [Finish(1, "all 1 rounds done")]
+
+
+names = st.sampled_from(NAMES)
+weather = st.lists(
+    st.tuples(
+        st.one_of(
+            st.builds(AgentOnline, names),
+            st.builds(AgentOffline, names),
+            st.builds(UpdateStored, names),
+            st.builds(AgentOut, names),
+            st.just(Tick()),
+            st.just(Folded()),
+            st.just(Evaluated(None)),
+        ),
+        st.sampled_from([0.0, 5.0, 60.0]),
+    ),
+    max_size=60,
+)
+
+
+@given(cohorts=st.lists(st.sets(names).map(lambda drawn: tuple(sorted(drawn))), max_size=4), events=weather)
+def test_whatever_happens_a_cohort_stays_as_it_was_drawn_and_folds_those_of_it_that_have_delivered(
+    cohorts: list[tuple[str, ...]], events: list[tuple[Event, float]]
+) -> None:
+    rounds, _ = machine(*cohorts, (), quorum=0.7, count=len(cohorts) + 1, min_agents=1)
+    commands, now, delivered = rounds.start(0.0), 0.0, dict[int, set[str]]()
+    for event, seconds in events:
+        now += seconds
+        if isinstance(event, UpdateStored) and rounds.phase is Phase.OPEN and event.agent in rounds.cohort:
+            delivered.setdefault(rounds.round, set()).add(event.agent)
+        commands += rounds.handle(event, now)
+    opened = [command for command in commands if isinstance(command, OpenRound)]
+    assert all(command.attempt <= 2 for command in opened)
+    assert all(command.cohort == [*cohorts, ()][command.round - 1] for command in opened)
+    folded = [command for command in commands if isinstance(command, Fold)]
+    assert len({command.round for command in folded}) == len(folded)
+    assert all(set(command.agents) == delivered.get(command.round, set()) for command in folded)
 
 
 def test_each_agent_is_drawn_independently_with_the_rate() -> None:
