@@ -24,6 +24,7 @@ EXTRAS = {
     "torchvision": "train",
     "opacus": "train",
     "dp_accounting": "train",
+    "scipy": "train",
     "sklearn": "train",
     "bcrypt": "aggregator",
     "onnx": "aggregator",

@@ -14,6 +14,7 @@ import typer
 import aggregator.cli
 import edge_agent.cli
 import export.cli
+import privacy.cli
 from aggregator.accounts import Account, rights
 from aggregator.config import AggregatorConfig
 from federation.config import describe
@@ -32,9 +33,10 @@ APPS = MappingProxyType(
         "aggregator": typer.main.get_group(aggregator.cli.app),
         "edge-agent": typer.main.get_group(edge_agent.cli.app),
         "model-export": typer.main.get_group(export.cli.app),
+        "privacy": typer.main.get_group(privacy.cli.app),
     }
 )
-COMMAND = re.compile(r"\b(aggregator|edge-agent|model-export) +[a-z].*")
+COMMAND = re.compile(r"\b(aggregator|edge-agent|model-export|privacy) +[a-z].*")
 LINK = re.compile(r"\]\(([^)\s]+)\)")
 HEADING = re.compile(r"^#+ +(.+)$", re.MULTILINE)
 FENCE = re.compile(r"^```(\w*)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
