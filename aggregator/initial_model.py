@@ -9,12 +9,17 @@ import subprocess
 import sys
 import tempfile
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import msgspec
 
 from federation.cli import readable_errors
 from federation.errors import ConfigError, ExitCode
 from federation.task.checkpoint import CheckpointInfo, checkpoint_bytes
+from privacy.errors import TermsError
+
+if TYPE_CHECKING:
+    from torch import nn
 
 _ERROR = "error: "
 
@@ -30,11 +35,15 @@ def build_here(info: CheckpointInfo, seed: int) -> bytes:
         The checkpoint.
 
     Raises:
-        ConfigError: See :func:`federation.task.models.build`.
+        ConfigError: See :func:`federation.task.models.build`; also if devices could not train it privately.
     """
     from federation.task.models import build, state_arrays
 
-    return checkpoint_bytes(info, state_arrays(build(info.task, seed=seed)))
+    model = build(info.task, seed=seed)
+    arrays = state_arrays(model)
+    if info.task.dp_ready:
+        _try_privately(info, model)
+    return checkpoint_bytes(info, arrays)
 
 
 def build_apart(info: CheckpointInfo, seed: int) -> bytes:
@@ -59,6 +68,19 @@ def build_apart(info: CheckpointInfo, seed: int) -> bytes:
         if done.returncode:
             raise RuntimeError(f"building the initial model ended with {done.returncode}:\n{told}")
         return path.read_bytes()
+
+
+def _try_privately(info: CheckpointInfo, model: "nn.Module") -> None:
+    """Do here what devices will do, so that a model that cannot be trained privately is told before they pay for a round."""
+    import torch
+
+    from privacy.dpsgd import try_out
+
+    task = info.task
+    try:
+        try_out(model, torch.zeros(2, task.channels, task.height, task.width))
+    except (TermsError, ModuleNotFoundError) as error:
+        raise ConfigError(f"model {task.model!r} cannot be trained with privacy.sample: {error}") from error
 
 
 if __name__ == "__main__":

@@ -15,7 +15,7 @@ from aggregator.config import AggregatorConfig, TaskConfig
 from aggregator.enrolment import Enrolment
 from aggregator.initial_model import build_apart, build_here
 from aggregator.masked_noise import MaskedNoise
-from aggregator.promises import check_promises
+from aggregator.promises import check_promises, samples_protected
 from aggregator.store import Store
 from aggregator.versions import WHOLE, remember_seed
 from federation.errors import ConfigError
@@ -61,7 +61,7 @@ def prepared(config: AggregatorConfig) -> Iterator[Ready]:
     state = Path(config.state_dir)
     with Store(state, config.federation, create=True) as store:
         store.lock()
-        task = settle_task(config.task, store)
+        task = settle_task(config, store)
         write_initial_model(config, store, task)
         CentralNoise(config, store).check()
         MaskedNoise(config, store).check()
@@ -108,12 +108,13 @@ def check(config: AggregatorConfig) -> None:
             )
 
 
-def settle_task(config: TaskConfig, store: Store) -> TaskSpec:
+def settle_task(settings: AggregatorConfig, store: Store) -> TaskSpec:
     """Derive the task, or take the one that this run was begun with.
 
     Raises:
         ConfigError: If the settings name another task than the state, or do not suffice to derive one.
     """
+    config, private = settings.task, samples_protected(settings.privacy)
     kept = store.recall(_TASK_KEY)
     if kept is not None:
         task = msgspec.json.decode(kept, type=TaskSpec)
@@ -130,8 +131,13 @@ def settle_task(config: TaskConfig, store: Store) -> TaskSpec:
                     f"task.{name} is {value!r}, but {store.folder} was begun with {getattr(task, name)!r}: "
                     "set it back, or begin another run with another state_dir"
                 )
+        if private and not task.dp_ready:
+            raise ConfigError(
+                f"privacy.sample is on, but {store.folder} was begun without it, with a model that may mix samples: turn it "
+                "off, or begin another run with another state_dir"
+            )
         return task
-    task = derive_task(config)
+    task = msgspec.structs.replace(derive_task(config), dp_ready=private)
     store.remember(_TASK_KEY, msgspec.json.encode(task).decode())
     return task
 

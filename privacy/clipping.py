@@ -37,8 +37,8 @@ class Clipper(Protocol):
 
     mode: Mode
 
-    def add(self, images: Tensor, labels: Tensor, sums: Sums) -> None:
-        """Add the clipped gradients of some samples to ``sums``.
+    def add(self, images: Tensor, labels: Tensor, sums: Sums, count: int) -> None:
+        """Add the clipped gradients of the first ``count`` samples to ``sums``; others only fill up the batch.
 
         A sample whose gradient is not finite adds nothing: whether there is one stays as secret as any other sample.
         """
@@ -106,7 +106,7 @@ class GhostClipper:
         # layer alone leads the backward pass through all layers and spares it the gradients of the others' weights.
         self._asked = [first]
 
-    def add(self, images: Tensor, labels: Tensor, sums: Sums) -> None:
+    def add(self, images: Tensor, labels: Tensor, sums: Sums, count: int) -> None:
         """See :class:`Clipper`."""
         import torch
 
@@ -115,14 +115,16 @@ class GhostClipper:
         norms = {p: getattr(p, _NORMS) for p in self._parameters if hasattr(p, _NORMS)}
         if len(norms) < len(self._parameters) and self._asked != self._parameters:
             self._asked = self._parameters  # not all layers lie behind the first
-            self.add(images, labels, sums)
+            self.add(images, labels, sums, count)
             return
         factors = _factors(list(norms.values()), self._clip_norm)
-        finite = factors > 0
-        if not bool(finite.all()):  # the loss of such a sample would make the whole sum NaN
-            if bool(finite.any()):
-                self.add(images[finite], labels[finite], sums)
+        finite = (factors > 0).nonzero().flatten()
+        if len(finite) < len(images):  # the loss of such a sample would make the whole sum NaN
+            count = int((finite < count).sum())
+            if count:
+                self.add(images[finite], labels[finite], sums, count)
             return
+        factors[count:] = 0.0
         self._hooks.disable_hooks()
         try:
             gradients = torch.autograd.grad(factors @ losses, self._parameters, allow_unused=True)
@@ -148,7 +150,7 @@ class HooksClipper:
         self._model, self._clip_norm = model, clip_norm
         self._parameters = trainable(model)
 
-    def add(self, images: Tensor, labels: Tensor, sums: Sums) -> None:
+    def add(self, images: Tensor, labels: Tensor, sums: Sums, count: int) -> None:
         """See :class:`Clipper`."""
         import torch
 
@@ -161,6 +163,7 @@ class HooksClipper:
         }
         _require_counted(self._model, set(single), gradients)
         factors = _factors([each.norm(dim=1) for each in single.values()], self._clip_norm)
+        factors[count:] = 0.0
         for parameter, each in single.items():
             sums[parameter] += (factors @ each.nan_to_num(0.0, 0.0, 0.0)).view_as(parameter)
 

@@ -88,13 +88,11 @@ def _norms(layer: nn.Conv2d | nn.Linear, a: Tensor, b: Tensor, n: int) -> ByWeig
     if layer.weight.requires_grad:
         positions, wide, deep = a.shape[1], a.shape[2], b.shape[2]
         if positions * (wide + deep) < wide * deep:
-            squared = (
-                (torch.bmm(a, a.transpose(1, 2)) * torch.bmm(b, b.transpose(1, 2))).flatten(1).sum(dim=1)
-            )
-            squared = squared.clamp(min=0)  # rounding
+            squared = torch.bmm(a, a.transpose(1, 2)).mul_(torch.bmm(b, b.transpose(1, 2))).sum(dim=(1, 2))
+            norms = squared.clamp(min=0).sqrt()  # rounding may bring it below
         else:
-            squared = torch.bmm(b.transpose(1, 2), a).flatten(1).square().sum(dim=1)
-        found[layer.weight] = squared.reshape(n, -1).sum(dim=1).sqrt()
+            norms = torch.linalg.vector_norm(torch.bmm(b.transpose(1, 2), a), dim=(1, 2))
+        found[layer.weight] = norms.reshape(n, -1).norm(dim=1)
     if layer.bias is not None and layer.bias.requires_grad:
         found[layer.bias] = b.sum(dim=1).reshape(n, -1).norm(dim=1)
     return found

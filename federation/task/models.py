@@ -11,6 +11,7 @@ import numpy as np
 from federation.errors import ConfigError
 from federation.task.dp_ready import make_dp_ready
 from federation.task.names import did_you_mean, is_plugin, load_plugin
+from federation.task.scattering import scattering
 from federation.task.vision import import_torchvision
 from federation.wire.messages import TaskSpec
 
@@ -18,6 +19,7 @@ if TYPE_CHECKING:
     from torch import nn
 
 CNN = "cnn"
+SCATTERING = "scattering"
 
 _CNN_KERNEL = 5
 _CNN_CHANNELS = (32, 64)
@@ -38,7 +40,7 @@ def build(task: TaskSpec, *, seed: int = 0) -> nn.Module:
     The weights depend on ``task`` and ``seed`` alone; the caller's random state is left as it was.
 
     Args:
-        task: ``task.model`` is ``cnn``, a torchvision classification model, or ``package.module:factory``,
+        task: ``task.model`` is ``cnn``, ``scattering``, a torchvision classification model, or ``package.module:factory``,
             whose factory is called with ``task``.
         seed: Of the initial weights.
 
@@ -54,6 +56,8 @@ def build(task: TaskSpec, *, seed: int = 0) -> nn.Module:
         torch.default_generator.manual_seed(seed)
         if task.model == CNN:
             model = _cnn(task)
+        elif task.model == SCATTERING:
+            model = scattering(task)
         elif is_plugin(task.model):
             model = _plugin(task)
         else:
@@ -67,7 +71,7 @@ def build(task: TaskSpec, *, seed: int = 0) -> nn.Module:
 def model_names() -> list[str]:
     """Every model name that :func:`build` knows without a plug-in."""
     torchvision = import_torchvision()
-    return [CNN, *torchvision.models.list_models(module=torchvision.models)]
+    return [CNN, SCATTERING, *torchvision.models.list_models(module=torchvision.models)]
 
 
 def state_arrays(model: nn.Module) -> dict[str, np.ndarray]:
@@ -191,7 +195,7 @@ def _torchvision(task: TaskSpec) -> nn.Module:
     known = model_names()
     if name not in known:
         raise ConfigError(
-            f"unknown model {name!r}{did_you_mean(name, known)} Known are cnn, torchvision's classification "
+            f"unknown model {name!r}{did_you_mean(name, known)} Known are cnn, scattering, torchvision's classification "
             "models by name, and package.module:factory"
         )
     options: dict[str, Any] = {"weights": None, "num_classes": len(task.labels)}
