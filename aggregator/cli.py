@@ -258,7 +258,8 @@ def status(
     as_json: Annotated[bool, typer.Option("--json", help="For programs.")] = False,
 ) -> None:
     """Show rounds, agents and refusals, of a server that runs or has run."""
-    from aggregator.status import collect, render
+    from aggregator.status import collect
+    from aggregator.status_view import render
 
     folder = state or Path(_settings(file, {}).state_dir)
     report = collect(folder)

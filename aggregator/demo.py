@@ -18,7 +18,8 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from aggregator.broker import EmbeddedBroker
 from aggregator.enrolment import Enrolment
-from aggregator.status import Report, agents_table, collect, rounds_table
+from aggregator.status import Report, collect
+from aggregator.status_view import agents_table, rounds_table
 from federation.bundle import write_bundle
 from federation.errors import ConfigError, FedgeError
 

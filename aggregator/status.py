@@ -1,14 +1,10 @@
-"""What happened, read from the store: for a person or a program, beside a running server or after it."""
+"""What happened, read from the store, beside a running server or after it."""
 
-import time
 from functools import reduce
 from pathlib import Path
 from typing import Any
 
 import msgspec
-from rich.console import Console
-from rich.table import Table
-from rich.text import Text
 
 from aggregator.central_report import ClientPrivacy, client_privacy
 from aggregator.masked_noise import DistributedPrivacy, distributed_privacy
@@ -17,10 +13,6 @@ from aggregator.store import Store
 from aggregator.traffic import StoredTraffic, TrafficLog
 from federation.wire.messages import Traffic
 from federation.wire.signing import AGGREGATOR
-
-ROUNDS_SHOWN = 12
-REFUSALS_SHOWN = 8
-NAMES_SHOWN = 3
 
 
 class RoundStatus(msgspec.Struct, frozen=True):
@@ -163,102 +155,6 @@ def collect(folder: Path) -> Report:
         )
 
 
-def render(report: Report) -> str:
-    """Lay a report out for a terminal."""
-    console = Console(highlight=False)
-    with console.capture() as capture:
-        console.print(f"federation [bold]{report.federation}[/], run {report.run}")
-        console.print(rounds_table(report.rounds[-ROUNDS_SHOWN:]))
-        for spent in (report.client_privacy, report.distributed_privacy):
-            if spent is not None:
-                console.print(spent.to_text(), soft_wrap=True)
-        console.print(agents_table(report.agents))
-        if report.refusals:
-            counts = ", ".join(f"{code} {count}" for code, count in report.refusal_counts.items())
-            console.print(f"refused: {counts}; the newest:")
-            for row in report.refusals[:REFUSALS_SHOWN]:
-                text = f"  round {row['round']}  {row['agent']}  {row['code']}: {row['detail']}"
-                console.print(_foreign(text))
-        if report.declines:
-            console.print("declined by agents, the newest:")
-            for row in report.declines[:REFUSALS_SHOWN]:
-                text = f"  round {row['round']}  {row['agent']}  {row['code']}: {row['reason']}"
-                console.print(_foreign(text))
-    return capture.get().rstrip("\n")
-
-
-def rounds_table(rounds: list[RoundStatus]) -> Table:
-    """The rounds as a table."""
-    table = Table(
-        "round",
-        "phase",
-        "updates",
-        "seconds",
-        "training s",
-        "KB up",
-        "wire KB up/down",
-        "loss",
-        "accuracy",
-        box=None,
-        pad_edge=False,
-    )
-    for row in rounds:
-        phase = row.phase if row.attempt == 1 else f"{row.phase}, attempt {row.attempt}"
-        if row.waiting_for:
-            phase += f": waiting for {', '.join(row.waiting_for[:NAMES_SHOWN])}"
-            phase += " …" if len(row.waiting_for) > NAMES_SHOWN else ""
-        table.add_row(
-            str(row.round),
-            phase,
-            f"{row.delivered}/{row.cohort}",
-            _number(row.seconds, ".1f"),
-            _number(row.train_s or None, ".1f"),
-            f"{row.bytes_up / 1000:,.0f}",
-            _both(row.agents_moved, 1e3, ",.0f"),
-            _number(row.loss, ".4f"),
-            _number(row.accuracy, ".2%"),
-        )
-    return table
-
-
-def agents_table(agents: list[dict[str, Any]]) -> Table:
-    """The agents as a table."""
-    table = Table(
-        "agent",
-        "state",
-        "since",
-        "device",
-        "samples",
-        "memory MB",
-        "CPU %",
-        "°C",
-        "KB up/down",
-        "MB up/down",
-        "epsilon (delta)",
-        "doing",
-        box=None,
-        pad_edge=False,
-    )
-    for row in agents:
-        able, health = row["capabilities"] or {}, row["telemetry"] or {}
-        last, total = (row["last_round"] or {}).get("moved"), health.get("total")
-        table.add_row(
-            row["agent"],
-            "online" if row["online"] else "offline",
-            _age(time.time() - row["changed_at"]),
-            _foreign(able.get("device", "")),
-            str(able.get("samples", "")),
-            _number(health.get("process_mb"), ".0f"),
-            _number(health.get("cpu_percent"), ".0f"),
-            _number(health.get("temperature_c"), ".0f"),
-            "" if last is None else _both(Traffic(**last), 1e3, ",.0f"),
-            "" if total is None else _both(Traffic(**total), 1e6, ",.1f"),
-            _epsilon(row["spent"]),
-            _doing(health, row["upload"]) if row["online"] else "",
-        )
-    return table
-
-
 def _account(entries: list[StoredTraffic]) -> dict[str, Any]:
     """What an agent's rounds have cost it: the last that it has reported, and all of them."""
     if not entries:
@@ -273,40 +169,3 @@ def _spent(last: StoredSpent | None) -> dict[str, Any] | None:
     if last is None:
         return None
     return {**msgspec.to_builtins(last.spent), "round": last.round, "went_back": last.went_back}
-
-
-def _epsilon(spent: dict[str, Any] | None) -> str:
-    if spent is None:
-        return ""
-    return f"{'> ' if spent['went_back'] else ''}{spent['epsilon']:.2f} ({spent['delta']:g})"
-
-
-def _doing(health: dict[str, Any], upload: dict[str, Any] | None) -> Text:
-    phase = _foreign(health.get("phase", ""))
-    if upload is not None:
-        return phase.append(f" {upload['received']}/{upload['total']} chunks")
-    share = health.get("progress")
-    return phase if share is None else phase.append(f" {share:.0%}")
-
-
-def _both(moved: Traffic, unit: float, form: str) -> str:
-    """Sent and received, in that unit; nothing where nothing is known."""
-    if moved == Traffic():
-        return ""
-    return f"{moved.sent_bytes / unit:{form}}/{moved.received_bytes / unit:{form}}"
-
-
-def _number(value: float | None, form: str) -> str:
-    return "" if value is None else format(value, form)
-
-
-def _foreign(text: str) -> Text:
-    """What a device wrote, without the markup and the terminal commands that it may hold."""
-    return Text("".join(sign if sign.isprintable() else "?" for sign in text))
-
-
-def _age(seconds: float) -> str:
-    for unit, size in (("d", 86400), ("h", 3600), ("min", 60)):
-        if seconds >= size:
-            return f"{seconds / size:.0f} {unit}"
-    return f"{max(seconds, 0):.0f} s"

@@ -23,7 +23,8 @@ from memory_federation import (
 from aggregator.central_noise import noisy_rounds
 from aggregator.privacy_config import ClientConfig, PrivacyConfig
 from aggregator.records import StoredVersion
-from aggregator.status import collect, render
+from aggregator.status import collect
+from aggregator.status_view import render
 from aggregator.store import Store
 from edge_agent.training import Trained
 from federation.wire.messages import RoundPlan

@@ -10,7 +10,8 @@ from memory_federation import PATIENCE_S, SHAPES, Start, TinyTrainer, base_array
 
 from aggregator.masked_noise import paid_rounds
 from aggregator.promises import terms_of
-from aggregator.status import collect, render
+from aggregator.status import collect
+from aggregator.status_view import render
 from federation.wire.codec import schema_of
 from federation.wire.masking import scale_of
 from privacy.distributed import epsilon_of, least_agents

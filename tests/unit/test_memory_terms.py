@@ -2,7 +2,8 @@
 
 from memory_federation import PATIENCE_S, Start, TinyTrainer
 
-from aggregator.status import collect, render
+from aggregator.status import collect
+from aggregator.status_view import render
 
 
 def test_a_decline_for_the_terms_is_visible_and_holds_nobody_up(federation: Start) -> None:

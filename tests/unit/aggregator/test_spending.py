@@ -9,7 +9,8 @@ from structlog.testing import capture_logs
 
 from aggregator.admission import Limits, OpenRound, check_offer
 from aggregator.spending import last_spent
-from aggregator.status import collect, render
+from aggregator.status import collect
+from aggregator.status_view import render
 from aggregator.store import Store
 from federation.errors import PeerError, Rejection
 from federation.wire.messages import AgentState, TrainMetrics, UpdateOffer

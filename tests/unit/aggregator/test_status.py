@@ -4,7 +4,8 @@ from typing import Any
 
 import pytest
 
-from aggregator.status import Report, RoundStatus, render
+from aggregator.status import Report, RoundStatus
+from aggregator.status_view import render
 
 ROUND = RoundStatus(
     round=1,

@@ -9,7 +9,8 @@ from memory_link import ADDRESS, MemoryBroker, MemoryLink
 from structlog.testing import capture_logs
 
 from aggregator.presence import TELEMETRY_INTERVAL_S, Presence
-from aggregator.status import collect, render
+from aggregator.status import collect
+from aggregator.status_view import render
 from aggregator.store import Store
 from aggregator.traffic import ACCOUNT_S, WATCH_S, StoredTraffic, StoredUpload, TrafficLog, Watch
 from federation.logs import PROGRESS_LOG_S
