@@ -128,10 +128,12 @@ class ClientMechanism:
             total: Sum of what :meth:`clip` returned, each device at most once, float64; zeros where nobody delivered.
         """
         std = self.sum_noise * self.clip_norm
-        return {
-            name: (values + draw_on_grid(values.shape, std, self._step)) / self.expected
-            for name, values in total.items()
-        }
+        means = {}
+        for name, values in total.items():
+            mean = means[name] = draw_on_grid(values.shape, std, self._step)
+            mean += values  # in place: what has no dimensions stays an array
+            mean /= self.expected
+        return means
 
     def next_clip_norm(self, below: int, delivered: int) -> float:
         """The clip norm of the next round: C itself where it is fixed.

@@ -23,7 +23,11 @@ from federation.wire.versions import apply_delta, model_digest
 
 TASK = TaskSpec(model="cnn", labels=("0", "1"), channels=1, height=8, width=8, mean=(0.5,), std=(0.5,))
 INFO = CheckpointInfo(federation="garden", round=1, task=TASK)
-BASE = {"b": np.full(4, 0.25, np.float32), "w": np.zeros((80, 80), np.float32)}
+BASE = {
+    "b": np.full(3, 0.25, np.float32),
+    "scale": np.array(0.5, np.float32),
+    "w": np.zeros((80, 80), np.float32),
+}
 SCHEMA = schema_of(BASE)
 FULL = Down("full", max_noise=0.0, seed=0)
 DOWN = Down("sq:4", max_noise=0.03, seed=0)

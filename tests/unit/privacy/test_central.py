@@ -63,7 +63,8 @@ def test_sums_of_clipped_updates_are_exact() -> None:
 @pytest.mark.parametrize("adaptation", [None, Adaptation(0.5, 0.2)])
 def test_the_noise_on_the_mean_is_that_which_is_paid_for(adaptation: Adaptation | None) -> None:
     mechanism = ClientMechanism(0.5, 2.0, 8.0, adaptation)
-    mean = mechanism.noisy_mean({"w": np.zeros((300, 300)), "b": np.full(10_000, 8.0)})
+    mean = mechanism.noisy_mean({"w": np.zeros((300, 300)), "b": np.full(10_000, 8.0), "one": np.zeros(())})
+    assert isinstance(mean["one"], np.ndarray), "a tensor without dimensions is one too"
     std = mechanism.sum_noise * 0.5 / 8
     assert stats.kstest(mean["w"].ravel() / std, "norm").pvalue > 1e-7
     assert stats.kstest((mean["b"] - 1.0) / std, "norm").pvalue > 1e-7
