@@ -23,7 +23,7 @@ from typing import Any
 from benchmarks.fleets import Fleet, Run
 from benchmarks.processes import Child, Children
 from benchmarks.runner import BenchmarkError, Options, Results, say
-from benchmarks.watched_model import HEAD, NAME, WITNESS
+from benchmarks.watched_model import DATA, HEAD, MODEL, SAMPLES, WITNESS
 from edge_agent.cli import default_state
 from edge_agent.guard import owner_of
 from federation.bundle import read_bundle
@@ -33,10 +33,6 @@ from privacy.ledger import read_entries
 from privacy.ledger_format import Entry
 
 KILLS, KILLS_QUICK = 200, 40
-DATA = "digits@iid,agent=1/3"
-SAMPLES = 479
-"""That share of the digits."""
-
 BATCH_SIZE, NOISE, DELTA = 8, 2.0, 1e-5
 """A batch of more than 32, which would take two passes in one step, has a probability of 1e-10."""
 
@@ -52,7 +48,7 @@ LIFE_S = 120.0
 POLL_S = 0.001
 SEED = 4
 PRELOADED = ["torch", "opacus", "opacus.grad_sample", "dp_accounting.pld.privacy_loss_distribution"]
-PRELOADED += ["dp_accounting.rdp", "scipy.optimize", "sklearn.datasets", "edge_agent.agent"]
+PRELOADED += ["dp_accounting.rdp", "scipy.optimize", "edge_agent.agent"]
 PRELOADED += [
     "edge_agent.training",
     "edge_agent.private_training",
@@ -70,7 +66,7 @@ class Tally:
         recovered: Of them, those after which a life took part again, or said that the budget is exhausted.
         below: Lives in which a training pass was not paid for, or not yet.
         exceeded: Lives after which the ledger holds more than the device allows.
-        steps_used: Training passes.
+        steps_used: Training passes, at most one in a step.
         steps_paid: Steps that the ledger holds.
         by_step: Kills by the step of the round; "exhausted" where the budget let it come to none.
     """
@@ -109,7 +105,7 @@ class Victim:
             HEAD: str(self.state / "ledger" / "head"),
         }
         arguments = ["run", str(self._bundle), "--data", DATA, "--threads", "1", "--device", "cpu"]
-        arguments += ["--telemetry", "0", "--allow-model", NAME, "--log-format", "json"]
+        arguments += ["--telemetry", "0", "--allow-model", MODEL, "--log-format", "json"]
         arguments += ["--max-epsilon", repr(self._max_epsilon)]
         context = multiprocessing.get_context("forkserver")
         context.set_forkserver_preload(PRELOADED)
@@ -202,7 +198,7 @@ def kill_again_and_again(
         os.kill(pid, signal.SIGKILL)
         process.join()
         entries, passes = victim.entries(), victim.passes(pid)
-        tally.below += not _paid_for(entries, passes, before)
+        tally.below += not paid_for(entries, passes, before)
         tally.exceeded += epsilon_pld([entry.spend for entry in entries], DELTA) > max_epsilon
         tally.steps_used += len(passes)
         if number < kills:
@@ -228,7 +224,7 @@ def _reach(victim: Victim, process: BaseProcess, reached: Callable[[], bool], si
     return False
 
 
-def _paid_for(entries: tuple[Entry, ...], passes: list[int], before: int) -> bool:
+def paid_for(entries: tuple[Entry, ...], passes: list[int], before: int) -> bool:
     """Whether each training pass of a life was paid for by that life, before it was made.
 
     The k-th pass that was made while the head counted c entries is covered by the entries before + 1 … c.
@@ -248,7 +244,7 @@ def victims_home(folder: Path, kills: int) -> Iterator[tuple[Victim, float]]:
     rounds = max(2, round(kills * PAID_PER_KILL))
     max_epsilon = epsilon_pld([Spend(NOISE, rate, steps * rounds)], DELTA)
     run = Run(
-        NAME,
+        MODEL,
         DATA,
         rounds=10 * kills + 10,
         agents=1,
