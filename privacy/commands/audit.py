@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import time
 from datetime import UTC, datetime
 from pathlib import Path
@@ -48,7 +49,9 @@ class Request(Struct, frozen=True, kw_only=True):
         epsilon: Of a fresh run: its target, 0 for no protection. Of a checkpoint: what is claimed, 0 for nothing.
         delta: At which it is stated.
         clip_norm: Of a fresh private run.
-        spec: Local training; None takes :data:`PLAIN` or :data:`PRIVATE`.
+        epochs: Of the training; 0 takes that of :data:`PLAIN` or :data:`PRIVATE`.
+        batch_size: Likewise; 0 also takes a smaller one where there are few samples.
+        learning_rate: Likewise.
         pictures: In the pool; 0 takes what suits the data.
         canaries: Mislabelled ones; 0 takes what suits the data.
         gradient_canaries: Of a private run.
@@ -65,7 +68,9 @@ class Request(Struct, frozen=True, kw_only=True):
     epsilon: float = 0.0
     delta: float = 1e-5
     clip_norm: float = 1.0
-    spec: TrainSpec | None = None
+    epochs: int = 0
+    batch_size: int = 0
+    learning_rate: float = 0.0
     pictures: int = 0
     canaries: int = 0
     gradient_canaries: int = GRADIENT_CANARIES
@@ -76,7 +81,13 @@ class Request(Struct, frozen=True, kw_only=True):
     @property
     def training(self) -> TrainSpec:
         """Local training."""
-        return self.spec or (PRIVATE if self.epsilon and self.checkpoint is None else PLAIN)
+        usual = PRIVATE if self.epsilon and self.checkpoint is None else PLAIN
+        return msgspec.structs.replace(
+            usual,
+            epochs=self.epochs or usual.epochs,
+            batch_size=self.batch_size or usual.batch_size,
+            learning_rate=self.learning_rate or usual.learning_rate,
+        )
 
 
 def audit(request: Request) -> Findings:
@@ -135,16 +146,17 @@ def _fresh(request: Request) -> tuple[Subject, Outcome, ImageData, nn.Module]:
         data=data,
         spec=request.training,
         protection=protection,
+        delta=request.delta,
         pictures=request.pictures or min(POOL, most),
         canaries=canaries,
         gradient_canaries=request.gradient_canaries,
         reference=request.reference,
         seed=request.seed,
     )
-    if protection and request.spec is None:
-        # So few samples that the usual batch would be most of them: a third, as the default has with the default sizes.
-        batch = min(fresh.spec.batch_size, max(1, fresh.expected // 3))
-        fresh = _replace_batch(fresh, batch)
+    if not request.batch_size:
+        # Of few samples the usual batch would be most; a quarter is what it is of the usual number.
+        batch = min(fresh.spec.batch_size, max(1, fresh.expected // 4))
+        fresh = dataclasses.replace(fresh, spec=msgspec.structs.replace(fresh.spec, batch_size=batch))
     outcome = attack_fresh(fresh)
     spec = fresh.spec
     facts = {
@@ -173,12 +185,6 @@ def _fresh(request: Request) -> tuple[Subject, Outcome, ImageData, nn.Module]:
     )
     # Devices send gradients of the model as it begins, too: that is when they tell most.
     return subject, outcome, data, build(task, seed=request.seed)
-
-
-def _replace_batch(fresh: Fresh, batch: int) -> Fresh:
-    from dataclasses import replace
-
-    return replace(fresh, spec=msgspec.structs.replace(fresh.spec, batch_size=batch))
 
 
 def _checkpoint(request: Request) -> tuple[Subject, Outcome, ImageData, nn.Module]:

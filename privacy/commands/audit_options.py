@@ -3,12 +3,10 @@
 from pathlib import Path
 from typing import Annotated
 
-import msgspec
 import typer
 
 from federation.errors import ConfigError, ExitCode
 from federation.logs import configure
-from federation.wire.messages import TrainSpec
 from privacy.commands.findings import Findings, as_json
 
 OFF = "off"
@@ -43,19 +41,10 @@ def audit_command(
     figures: Annotated[Path | None, typer.Option("--json", help="Write the figures here too.")] = None,
 ) -> None:  # fmt: skip
     """Attack a training and report what can be told from it. Exit code 5 if more was shown than is promised."""
-    from privacy.commands.audit import PLAIN, PRIVATE, Request, audit, write
+    from privacy.commands.audit import Request, audit, write
 
     configure(level="warning")
     target = _epsilon(epsilon)
-    spec: TrainSpec | None = None
-    if epochs or batch_size or learning_rate:
-        default = PRIVATE if target and checkpoint is None else PLAIN
-        spec = msgspec.structs.replace(
-            default,
-            epochs=epochs or default.epochs,
-            batch_size=batch_size or default.batch_size,
-            learning_rate=learning_rate or default.learning_rate,
-        )
     if checkpoint is None and (number is not None or holdout):
         raise ConfigError("--round and --holdout belong to --checkpoint: name one, or leave them away")
     findings = audit(
@@ -68,7 +57,9 @@ def audit_command(
             epsilon=target,
             delta=delta,
             clip_norm=clip_norm,
-            spec=spec,
+            epochs=epochs,
+            batch_size=batch_size,
+            learning_rate=learning_rate,
             pictures=pictures,
             canaries=canaries,
             gradient_canaries=gradient_canaries,

@@ -54,6 +54,11 @@ class Attack:
     scores: np.ndarray
     member: np.ndarray
 
+    @property
+    def bound_epsilon(self) -> float:
+        """The lower bound on epsilon; 0 where none holds or nothing was shown."""
+        return 0.0 if self.bound is None else self.bound.epsilon
+
 
 @dataclass(frozen=True, slots=True)
 class Picture:

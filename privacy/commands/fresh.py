@@ -41,6 +41,7 @@ class Fresh:
         data: Pictures, in the shape of the task; training split.
         spec: Local training.
         protection: None trains without.
+        delta: At which bounds are stated; that of the protection, where there is one.
         pictures: In the pool of ordinary pictures, of which coins choose half for the training.
         canaries: Mislabelled ones; coins choose half of them too.
         gradient_canaries: Likewise; only with protection. Without it nothing hides them, and nothing need be shown.
@@ -51,6 +52,7 @@ class Fresh:
     data: ImageData
     spec: TrainSpec
     protection: Protection | None
+    delta: float
     pictures: int
     canaries: int
     gradient_canaries: int
@@ -119,7 +121,7 @@ def attack_fresh(fresh: Fresh) -> Outcome:
     epsilon: float | None = None
     count = 2 + fresh.reference + (fresh.protection is not None and fresh.gradient_canaries > 0)
     confidence = 1 - (1 - CONFIDENCE) / count
-    delta = fresh.protection.delta if fresh.protection else 0.0
+    delta = fresh.delta
     if fresh.protection is None:
         plain = Samples(fresh.data, rows, wanted)
         fit(model, plain.batch, len(plain), fresh.spec, random)
@@ -211,7 +213,6 @@ def _train_privately(
     )
     fit_private(widened, samples.batch, len(samples), fresh.spec, private)
     weights = widened.get_parameter("canaries.weight").detach().cpu().numpy()
-    assert fresh.protection is not None
     return _attack(
         "gradient",
         "Gradient canaries",
@@ -220,7 +221,7 @@ def _train_privately(
         "whether one took part. This tests clipping, noise and sampling themselves.",
         gradient_scores(weights, own),
         inside,
-        fresh.protection.delta,
+        fresh.delta,
         confidence,
     )
 
@@ -256,7 +257,7 @@ def _check(fresh: Fresh) -> None:
             f"--batch-size {fresh.spec.batch_size} is more than the {fresh.expected} samples that are trained on: use "
             f"{max(1, fresh.expected // 10)} or less"
         )
-    if fresh.protection and fresh.protection.delta * fresh.expected >= 1:
+    if fresh.delta * fresh.expected >= 1:
         raise ConfigError(
-            f"--delta {fresh.protection.delta:g} is not below 1 / {fresh.expected} samples: use {0.1 / fresh.expected:.1g}"
+            f"--delta {fresh.delta:g} is not below 1 / {fresh.expected} samples: use {0.1 / fresh.expected:.1g}"
         )
