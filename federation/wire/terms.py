@@ -106,7 +106,7 @@ class PrivacyTerms(Wire, frozen=True):
 
 
 class Spent(Wire, frozen=True):
-    """What a device's ledger says after the round was paid for. It reveals nothing of the samples, not even how many.
+    """What a device's ledger says after the round was paid for. It reveals nothing of the samples but, by ``steps``, about how many there are.
 
     Attributes:
         epsilon: Spent on the device's data in this federation so far, this round included.
