@@ -41,13 +41,13 @@ def audit_command(
     figures: Annotated[Path | None, typer.Option("--json", help="Write the figures here too.")] = None,
 ) -> None:  # fmt: skip
     """Attack a training and report what can be told from it. Exit code 5 if more was shown than is promised."""
-    from privacy.commands.audit import Request, audit, write
+    from privacy.commands.audit import Request, audit
 
     configure(level="warning")
     target = _epsilon(epsilon)
     if checkpoint is None and (number is not None or holdout):
         raise ConfigError("--round and --holdout belong to --checkpoint: name one, or leave them away")
-    findings = audit(
+    found = audit(
         Request(
             data=data,
             model=model,
@@ -68,6 +68,17 @@ def audit_command(
             seed=seed,
         )
     )
+    conclude(found, output, figures)
+
+
+def conclude(findings: Findings, output: Path, figures: Path | None) -> None:
+    """Write and say what was found.
+
+    Raises:
+        typer.Exit: With the code of a failed verification, if more was shown than is promised.
+    """
+    from privacy.commands.audit import write
+
     write(findings, output, figures)
     typer.echo(_summary(findings))
     typer.echo(f"wrote {output}" + (f" and {figures}" if figures else ""))

@@ -8,6 +8,7 @@ from typing import Any
 import msgspec
 import numpy as np
 import pytest
+import typer
 from typer.testing import CliRunner
 
 from federation.errors import ConfigError, ExitCode
@@ -19,6 +20,7 @@ from privacy.audit.bounds import LowerBound
 from privacy.audit.membership import membership
 from privacy.cli import app
 from privacy.commands import report
+from privacy.commands.audit_options import conclude
 from privacy.commands.findings import Attack, Findings, Picture, Subject
 from privacy.commands.fresh import Fresh, Outcome, attack_fresh
 from privacy.commands.training import Protection, Samples, fit
@@ -213,18 +215,10 @@ def test_wrong_arguments_are_refused_with_the_remedy(
         audit(*arguments, "-o", str(tmp_path / "audit.html"))
 
 
-def test_a_broken_promise_is_exit_code_5(
-    state: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """What the command does when more was shown than is claimed; real training keeps its promise, so this is made up."""
-    monkeypatch.setattr("privacy.commands.audit.audit", lambda _: findings(claimed=1.0, bound=2.0))
-    said = audit(
-        "--data",
-        "digits",
-        "--checkpoint",
-        str(state),
-        "-o",
-        str(tmp_path / "a.html"),
-        code=ExitCode.VERIFICATION,
-    )
-    assert "The protection is broken" in said
+def test_a_broken_promise_is_exit_code_5(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(typer.Exit) as ended:
+        conclude(findings(claimed=1.0, bound=2.0), tmp_path / "a.html", None)
+    assert ended.value.exit_code == ExitCode.VERIFICATION
+    assert "The protection is broken" in capsys.readouterr().out
+    conclude(findings(claimed=2.0, bound=1.0), tmp_path / "a.html", tmp_path / "a.json")
+    assert json.loads((tmp_path / "a.json").read_text())["exceeded"] is False
