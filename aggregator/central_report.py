@@ -4,7 +4,7 @@ from collections import Counter
 
 import msgspec
 
-from aggregator.central_noise import NoisyRound, noisy_rounds
+from aggregator.round_noise import NoisyRound, noisy_rounds
 from aggregator.store import Store
 from privacy.accounting import Spend, epsilon_pld, epsilon_rdp
 

@@ -11,8 +11,8 @@ import structlog
 from numpy.typing import NDArray
 
 from aggregator.admission import Limits, check_update
-from aggregator.central_noise import RoundNoise
 from aggregator.records import StoredUpdate, StoredVersion
+from aggregator.round_noise import RoundNoise
 from aggregator.store import Store, move_durably
 from aggregator.strategies import Accumulator, EqualWeights, Strategy
 from aggregator.versions import WHOLE
@@ -87,7 +87,7 @@ class Fold:
         schema: Of the model.
         encoding: Of the updates.
         noise: Of client-level privacy, if any. It is new at each attempt: then only what has been named keeps its bits
-            (``aggregator.central_noise``).
+            (``aggregator.round_noise``).
         equal: Whether all updates weigh the same, not by their samples.
     """
 

@@ -6,7 +6,7 @@ import pytest
 from devices import CHUNK_BYTES, Device, frame, noise
 from processes import TINY_SHAPES, TINY_TASK, MakeFederation, Process, begin_tiny_run, dies_before
 
-from aggregator.central_noise import noisy_rounds
+from aggregator.round_noise import noisy_rounds
 from aggregator.store import Store
 from federation.wire.messages import UpdateOffer
 from federation.wire.versions import model_digest

@@ -20,9 +20,9 @@ from memory_federation import (
     eventually,
 )
 
-from aggregator.central_noise import noisy_rounds
 from aggregator.privacy_config import ClientConfig, PrivacyConfig
 from aggregator.records import StoredVersion
+from aggregator.round_noise import noisy_rounds
 from aggregator.status import collect
 from aggregator.status_view import render
 from aggregator.store import Store

@@ -6,11 +6,12 @@ import msgspec
 import pytest
 from structlog.testing import capture_logs
 
-from aggregator.central_noise import CentralNoise, noisy_rounds
+from aggregator.central_noise import CentralNoise
 from aggregator.central_report import client_privacy
 from aggregator.config import AggregatorConfig, RoundsConfig
 from aggregator.privacy_config import ClientConfig, PrivacyConfig
 from aggregator.records import StoredVersion
+from aggregator.round_noise import noisy_rounds
 from aggregator.store import Store
 from federation.errors import BudgetExhaustedError, ConfigError
 from federation.wire.terms import ClientTerms

@@ -8,11 +8,12 @@ import pytest
 from numpy.typing import NDArray
 from scipy import stats
 
-from aggregator.central_noise import CentralNoise, noisy_rounds
+from aggregator.central_noise import CentralNoise
 from aggregator.config import AggregatorConfig
 from aggregator.folding import Down, Fold, FoldResult
 from aggregator.privacy_config import ClientConfig, PrivacyConfig
 from aggregator.records import StoredUpdate
+from aggregator.round_noise import noisy_rounds
 from aggregator.store import Store
 from aggregator.strategies import FedAvg
 from federation.errors import VerificationError
