@@ -214,6 +214,9 @@ class SecureRounds:
             if not message.is_of(attempt.plan):
                 log.debug("masking_ignored", agent=agent, round=message.round, attempt=message.attempt)
                 return []
+            if isinstance(message, MaskingKeys) and agent not in (attempt.roster or {agent}):
+                log.debug("masking_late", agent=agent, round=message.round, attempt=message.attempt)
+                return []  # it waits for the next attempt, or the next round
             if isinstance(message, MaskingKeys) and message.base != attempt.plan.base:
                 raise PeerError(
                     Rejection.WRONG_BASE, f"keys for a round that starts from {message.base[:12]}"
