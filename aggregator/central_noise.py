@@ -14,7 +14,7 @@ import structlog
 from aggregator.cohort import draw_secretly
 from aggregator.config import AggregatorConfig
 from aggregator.promises import terms_of
-from aggregator.round_noise import NoisyRound, RoundNoise, noisy_rounds
+from aggregator.round_noise import NoisyRound, RoundNoise, bare_rounds, noisy_rounds
 from aggregator.rounds import Budget
 from aggregator.store import Store
 from federation.errors import BudgetExhaustedError, ConfigError
@@ -82,16 +82,15 @@ class CentralNoise:
             ConfigError: It names the setting and the remedy.
         """
         client = self._client
-        paid = {row.round: row for row in noisy_rounds(self._store)}
         rounds = self._store.rounds()
         if rounds and rounds[-1].phase != "closed":
-            self._check_open(rounds[-1].round, paid.get(rounds[-1].round))
+            self._check_open(rounds[-1].round)
         if not client.noise_multiplier:
             return
-        bare = [row.round for row in rounds if row.round not in paid]
+        bare = bare_rounds(self._store)
         if bare:
             raise ConfigError(
-                f"privacy.client.noise_multiplier is {client.noise_multiplier:g}, but {len(bare)} rounds of "
+                f"privacy.client.noise_multiplier is {client.noise_multiplier:g}, but rounds of "
                 f"{self._store.folder} (first {bare[0]}) had no noise, and their model goes on: begin another run with another "
                 "state_dir"
             )
@@ -110,8 +109,8 @@ class CentralNoise:
             return f"no noise is enough for {count} rounds; raise epsilon"
         return f"for all {count} rounds it takes a noise_multiplier of {enough:g}"
 
-    def _check_open(self, number: int, paid: NoisyRound | None) -> None:
-        client = self._client
+    def _check_open(self, number: int) -> None:
+        client, paid = self._client, self._paid(number)
         announced = (paid.noise_multiplier, paid.sampling_rate) if paid else (0.0, 1.0)
         now = (client.noise_multiplier, client.sampling_rate if client.noise_multiplier else 1.0)
         if announced != now:

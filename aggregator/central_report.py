@@ -4,7 +4,7 @@ from collections import Counter
 
 import msgspec
 
-from aggregator.round_noise import NoisyRound, noisy_rounds
+from aggregator.round_noise import NoisyRound, bare_rounds, noisy_rounds
 from aggregator.store import Store
 from privacy.accounting import Spend, epsilon_pld, epsilon_rdp
 
@@ -41,7 +41,7 @@ class ClientPrivacy(msgspec.Struct, frozen=True):
 
     def to_text(self) -> str:
         """Lines for a terminal."""
-        rounds = f"{self.paid_rounds} round{'s' if self.paid_rounds > 1 else ''}"
+        rounds = _rounds(self.paid_rounds)
         lines = [
             f"client-level privacy: epsilon {self.epsilon:.3g} of {self.budget:.4g} at delta {self.delta:g} after {rounds}",
             f"  the budget is spent: one more round would make {self.next_epsilon:.3g}"
@@ -52,7 +52,7 @@ class ClientPrivacy(msgspec.Struct, frozen=True):
         if self.known_cohorts_epsilon is not None:
             lines.append(f"  against whoever reads the plans: epsilon {self.known_cohorts_epsilon:.3g}")
         if self.bare_rounds:
-            lines.append(f"  not counted: {self.bare_rounds} rounds that had no noise")
+            lines.append(f"  not counted: {_rounds(self.bare_rounds)} that had no noise")
         return "\n".join(lines)
 
 
@@ -63,20 +63,23 @@ def client_privacy(store: Store) -> ClientPrivacy | None:
         return None
     newest, spends = paid[-1], [row.spend for row in paid]
     after = epsilon_pld([*spends, newest.spend], newest.delta)
-    numbers = {row.round for row in paid}
     return ClientPrivacy(
         epsilon=epsilon_pld(spends, newest.delta),
         known_cohorts_epsilon=_of_known_cohorts(store, paid),
         budget=newest.epsilon,
         delta=newest.delta,
         paid_rounds=len(paid),
-        bare_rounds=sum(row.round not in numbers for row in store.rounds()),
+        bare_rounds=len(bare_rounds(store)),
         next_epsilon=after,
         exhausted=after > newest.epsilon,
         noise_multiplier=newest.noise_multiplier,
         sampling_rate=newest.sampling_rate,
         clip_norm=newest.clip_norm if newest.next_clip_norm is None else newest.next_clip_norm,
     )
+
+
+def _rounds(count: int) -> str:
+    return "1 round" if count == 1 else f"{count} rounds"
 
 
 def _of_known_cohorts(store: Store, paid: list[NoisyRound]) -> float | None:

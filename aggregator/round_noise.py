@@ -66,6 +66,20 @@ def noisy_rounds(store: Store) -> list[NoisyRound]:
     ]
 
 
+def bare_rounds(store: Store) -> list[int]:
+    """Rounds without noise: closed ones whose model is not one that was kept here, and an open one that was not paid for."""
+    paid = noisy_rounds(store)
+    made = {(row.round, row.digest) for row in paid}
+    under_way = {row.round for row in paid if row.run == store.run}
+    bare = []
+    for row in store.rounds():
+        version = store.version(row.round)
+        closed_bare = row.phase == "closed" and (version is None or (row.round, version.digest) not in made)
+        if closed_bare or (row.phase != "closed" and row.round not in under_way):
+            bare.append(row.round)
+    return bare
+
+
 class NoisyMean(Accumulator):
     """A mean of clipped updates with noise; 16 bytes a parameter. The weights that it is given do not count.
 

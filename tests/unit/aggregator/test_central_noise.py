@@ -36,8 +36,14 @@ def config(**client: float) -> AggregatorConfig:
 def open_round(noise: CentralNoise, store: Store, number: int, *, closed: bool = True) -> None:
     noise.open(number, SCHEMA, wanted=5, online=5)
     store.open_round(number, 1, ("pi1", "pi2"), base=BASE, encoding="float32", deadline_s=1.0)
-    if closed:
-        store.close_round(number, 0.1, StoredVersion("1" * 64, "full"))
+    if not closed:
+        return
+    version = StoredVersion(f"{number:064x}", "full")
+    of_round = noise.of_round(number)
+    if of_round is not None:
+        of_round.begin(SCHEMA)
+        of_round.keep(version)
+    store.close_round(number, 0.1, version)
 
 
 def test_without_noise_nothing_is_paid_or_promised(store: Store) -> None:
@@ -175,8 +181,27 @@ def test_a_spent_budget_is_no_error_at_start(store: Store) -> None:
 
 def test_a_model_that_learned_without_noise_gets_no_promise(store: Store) -> None:
     open_round(CentralNoise(config(noise_multiplier=0.0), store), store, 1)
-    with pytest.raises(ConfigError, match=r"1 rounds of .* \(first 1\) had no noise"):
+    with pytest.raises(ConfigError, match=r"rounds of .* \(first 1\) had no noise"):
         CentralNoise(config(), store).check()
+
+
+@pytest.mark.parametrize("closed", [True, False])
+def test_noise_that_a_former_run_paid_for_is_not_that_of_a_round_of_the_same_number(
+    closed: bool, store: Store
+) -> None:
+    noisy, plain = CentralNoise(config(), store), CentralNoise(config(noise_multiplier=0.0), store)
+    open_round(noisy, store, 1)
+    open_round(noisy, store, 2, closed=False)
+    store.begin_run()
+    noisy.check()
+    open_round(plain, store, 2, closed=closed)
+    plain.check()
+    report = client_privacy(store)
+    assert report is not None
+    assert report.bare_rounds == 1
+    assert "not counted: 1 round that had no noise" in report.to_text()
+    with pytest.raises(ConfigError, match=r"\(first 2\) had no noise" if closed else "set them back"):
+        noisy.check()
 
 
 @pytest.mark.parametrize(
@@ -215,7 +240,7 @@ def test_plans_tell_the_present_clip_norm_which_follows_the_updates(store: Store
     assert later == msgspec.structs.replace(terms, clip_norm=second.clip_norm)
     report = client_privacy(store)
     assert report is not None
-    assert report.clip_norm == second.clip_norm
+    assert report.clip_norm == second.next_clip_norm
 
 
 def test_what_is_about_to_be_named_is_remembered(store: Store) -> None:
