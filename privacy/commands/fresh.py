@@ -106,98 +106,112 @@ def attack_fresh(fresh: Fresh) -> Outcome:
     _check(fresh)
     random = np.random.default_rng([fresh.seed, 1])
     coins = np.random.default_rng([fresh.seed, 2])
-    labels, task = fresh.data.labels, fresh.data.task
-    pool, planted, other = np.split(
-        random.permutation(len(fresh.data))[: fresh.pictures + fresh.canaries + fresh.pictures // 2],
-        [fresh.pictures, fresh.pictures + fresh.canaries],
-    )
-    wrong = mislabelled(labels[planted], len(task.labels), random)
-    in_pool, in_planted = draw_coins(len(pool), coins), draw_coins(len(planted), coins)
-    rows = np.concatenate([pool[in_pool], planted[in_planted]])
-    wanted = np.concatenate([labels[pool[in_pool]], wrong[in_planted]])
-    model = build(task, seed=fresh.seed)
-    gradient: Attack | None = None
-    private: PrivateRound | None = None
-    epsilon: float | None = None
-    count = 2 + fresh.reference + (fresh.protection is not None and fresh.gradient_canaries > 0)
-    confidence = 1 - (1 - CONFIDENCE) / count
-    delta = fresh.delta
+    planted = _plant(fresh, random, coins)
+    model = build(fresh.data.task, seed=fresh.seed)
     if fresh.protection is None:
-        plain = Samples(fresh.data, rows, wanted)
-        fit(model, plain.batch, len(plain), fresh.spec, random)
+        private, epsilon = None, None
+        fit(model, planted.training.batch, len(planted.training), fresh.spec, random)
+        attacks = []
     else:
         private, epsilon = private_round(fresh.protection, fresh.spec, fresh.expected)
-        gradient = _train_privately(fresh, model, rows, wanted, private, coins, confidence)
+        attacks = _train_privately(fresh, model, planted.training, private, coins)
+    attacks.append(_by_mislabelled(fresh, planted, model))
+    attacks += _by_loss(fresh, planted, model, random)
+    left_out = planted.pool[~planted.in_pool]
+    accuracy = _asked(fresh, model, left_out, fresh.data.labels[left_out]).accuracy
+    return Outcome(tuple(attacks), accuracy, private, epsilon, len(planted.training), model)
 
-    def asked(some: np.ndarray, under: np.ndarray, of: nn.Module) -> Answers:
-        return answers(of, Samples(fresh.data, some, under).batch, len(some))
 
-    attacks = [] if gradient is None else [gradient]
-    lost = asked(planted, wrong, model).losses
-    attacks.append(
-        _attack(
-            "mislabelled",
-            "Mislabelled pictures",
-            "has the finished model and asks it about pictures (black box).",
-            f"{len(planted):,} pictures got a wrong label, and a coin decided for each whether it was trained on. A model can only "
-            "answer such a label by remembering it, so a low loss betrays a member.",
-            -lost,
-            in_planted,
-            delta,
-            confidence,
-        )
+@dataclass(frozen=True, slots=True)
+class _Planted:
+    """Who is in the training data, and who is not.
+
+    Attributes:
+        pool: Rows of the ordinary pictures.
+        in_pool: Their coins.
+        canaries: Rows of the mislabelled pictures.
+        wrong: Their labels.
+        in_canaries: Their coins.
+        other: Rows for the reference model.
+        training: What the coins put into the training, gradient canaries not included.
+    """
+
+    pool: np.ndarray
+    in_pool: np.ndarray
+    canaries: np.ndarray
+    wrong: np.ndarray
+    in_canaries: np.ndarray
+    other: np.ndarray
+    training: Samples
+
+
+def _plant(fresh: Fresh, random: np.random.Generator, coins: np.random.Generator) -> _Planted:
+    labels = fresh.data.labels
+    needed = fresh.pictures + fresh.canaries + fresh.pictures // 2
+    chosen = random.permutation(len(fresh.data))[:needed]
+    pool, canaries, other = np.split(chosen, [fresh.pictures, fresh.pictures + fresh.canaries])
+    wrong = mislabelled(labels[canaries], len(fresh.data.task.labels), random)
+    in_pool, in_canaries = draw_coins(len(pool), coins), draw_coins(len(canaries), coins)
+    training = Samples(
+        fresh.data,
+        np.concatenate([pool[in_pool], canaries[in_canaries]]),
+        np.concatenate([labels[pool[in_pool]], wrong[in_canaries]]),
     )
-    known = asked(pool, labels[pool], model)
-    attacks.append(
-        _attack(
-            "loss",
-            "Membership by loss",
-            "has the finished model and the picture in question.",
-            "Ordinary pictures with their right labels, half of them trained on, by a coin each. What was trained on tends to "
-            "have the lower loss.",
-            -known.losses,
-            in_pool,
-            delta,
-            confidence,
-        )
+    return _Planted(pool, in_pool, canaries, wrong, in_canaries, other, training)
+
+
+def _by_mislabelled(fresh: Fresh, planted: _Planted, model: nn.Module) -> Attack:
+    return _attack(
+        fresh,
+        "mislabelled",
+        "Mislabelled pictures",
+        "has the finished model and asks it about pictures (black box).",
+        f"{len(planted.canaries):,} pictures got a wrong label, and a coin decided for each whether it was trained on. A model can "
+        "only answer such a label by remembering it, so a low loss betrays a member.",
+        -_asked(fresh, model, planted.canaries, planted.wrong).losses,
+        planted.in_canaries,
     )
-    if fresh.reference:
-        second = build(task, seed=fresh.seed + 1)
-        reference = Samples(fresh.data, other, labels[other])
-        fit(second, reference.batch, len(reference), fresh.spec, random)
-        attacks.append(
-            _attack(
-                "calibrated",
-                "Membership by loss, calibrated",
-                "also trained a model of their own on other pictures of the same kind.",
-                "As before, but each loss is compared with that of a reference model, so that pictures that are hard for any "
-                "model do not look like strangers (Carlini et al. 2022, with one reference).",
-                asked(pool, labels[pool], second).losses - known.losses,
-                in_pool,
-                delta,
-                confidence,
-            )
-        )
-    left_out = pool[~in_pool]
-    accuracy = asked(left_out, labels[left_out], model).accuracy
-    return Outcome(tuple(attacks), accuracy, private, epsilon, len(rows), model)
+
+
+def _by_loss(fresh: Fresh, planted: _Planted, model: nn.Module, random: np.random.Generator) -> list[Attack]:
+    labels = fresh.data.labels
+    losses = _asked(fresh, model, planted.pool, labels[planted.pool]).losses
+    plain = _attack(
+        fresh,
+        "loss",
+        "Membership by loss",
+        "has the finished model and the picture in question.",
+        "Ordinary pictures with their right labels, half of them trained on, by a coin each. What was trained on tends to have "
+        "the lower loss.",
+        -losses,
+        planted.in_pool,
+    )
+    if not fresh.reference:
+        return [plain]
+    second = build(fresh.data.task, seed=fresh.seed + 1)
+    known_to_them = Samples(fresh.data, planted.other, labels[planted.other])
+    fit(second, known_to_them.batch, len(known_to_them), fresh.spec, random)
+    calibrated = _attack(
+        fresh,
+        "calibrated",
+        "Membership by loss, calibrated",
+        "also trained a model of their own on other pictures of the same kind.",
+        "As before, but each loss is compared with that of a reference model, so that pictures that are hard for any model do not "
+        "look like strangers (Carlini et al. 2022, with one reference).",
+        _asked(fresh, second, planted.pool, labels[planted.pool]).losses - losses,
+        planted.in_pool,
+    )
+    return [plain, calibrated]
 
 
 def _train_privately(
-    fresh: Fresh,
-    model: nn.Module,
-    rows: np.ndarray,
-    wanted: np.ndarray,
-    private: PrivateRound,
-    coins: np.random.Generator,
-    confidence: float,
-) -> Attack | None:
+    fresh: Fresh, model: nn.Module, training: Samples, private: PrivateRound, coins: np.random.Generator
+) -> list[Attack]:
     """Train by DP-SGD with gradient canaries beside the samples, and attack those."""
     count = fresh.gradient_canaries
     if not count:
-        samples = Samples(fresh.data, rows, wanted)
-        fit_private(model, samples.batch, len(samples), fresh.spec, private)
-        return None
+        fit_private(model, training.batch, len(training), fresh.spec, private)
+        return []
     task = fresh.data.task
     shape = (task.channels, task.height, task.width)
     widened = with_canaries(model, shape, len(task.labels), count, private.clip_norm).train()
@@ -207,13 +221,14 @@ def _train_privately(
     samples = Samples(
         fresh.data,
         # What the picture of a gradient canary shows does not matter: its answer does not come from it.
-        np.concatenate([rows, np.zeros(len(planted), np.int64)]),
-        np.concatenate([wanted, own[planted]]),
-        np.concatenate([np.full(len(rows), NO_CANARY), planted]),
+        np.concatenate([training.rows, np.zeros(len(planted), np.int64)]),
+        np.concatenate([training.labels, own[planted]]),
+        np.concatenate([np.full(len(training), NO_CANARY), planted]),
     )
     fit_private(widened, samples.batch, len(samples), fresh.spec, private)
     weights = widened.get_parameter("canaries.weight").detach().cpu().numpy()
-    return _attack(
+    attack = _attack(
+        fresh,
         "gradient",
         "Gradient canaries",
         "sees the model after every step and chose the worst samples there can be (white box).",
@@ -221,22 +236,20 @@ def _train_privately(
         "whether one took part. This tests clipping, noise and sampling themselves.",
         gradient_scores(weights, own),
         inside,
-        fresh.delta,
-        confidence,
     )
+    return [attack]
+
+
+def _asked(fresh: Fresh, model: nn.Module, rows: np.ndarray, labels: np.ndarray) -> Answers:
+    return answers(model, Samples(fresh.data, rows, labels).batch, len(rows))
 
 
 def _attack(
-    key: str,
-    title: str,
-    attacker: str,
-    how: str,
-    scores: np.ndarray,
-    member: np.ndarray,
-    delta: float,
-    confidence: float,
+    fresh: Fresh, key: str, title: str, attacker: str, how: str, scores: np.ndarray, member: np.ndarray
 ) -> Attack:
-    bound = one_run_bound(scores, member, delta=delta, confidence=confidence)
+    attacks = 2 + fresh.reference + (fresh.protection is not None and fresh.gradient_canaries > 0)
+    # Each may err with an equal part of the probability, so that all bounds hold together (Bonferroni).
+    bound = one_run_bound(scores, member, delta=fresh.delta, confidence=1 - (1 - CONFIDENCE) / attacks)
     return Attack(key, title, attacker, how, membership(scores, member), bound, scores, member)
 
 
