@@ -55,7 +55,8 @@ class _Attempt:
         agreements: As the devices have signed them.
         said: What each device was told last.
         unanswered: Devices that were told of the survivors, or of agreements, and have not answered.
-        gone: Devices that are offline, or have lost their secrets.
+        gone: Devices that are offline.
+        restarted: Devices that have lost their secrets since the roster was closed.
         roster: Whose keys came in time; None as long as it is not decided.
         members: Who has got its neighbours' shares, and so may deliver; None as long as it is not decided.
         begun: Whether its clock runs.
@@ -74,6 +75,7 @@ class _Attempt:
     said: dict[str, bytes] = field(default_factory=dict)
     unanswered: set[str] = field(default_factory=set)
     gone: set[str] = field(default_factory=set)
+    restarted: set[str] = field(default_factory=set)
     roster: frozenset[str] | None = None
     members: frozenset[str] | None = None
     begun: bool = False
@@ -264,10 +266,11 @@ class SecureRounds:
         events: list[Event] = []
         if attempt.server.phase is machine.ServerPhase.MASKED:
             # Those that are gone first, so that the machine does not take them for missing and go on without them.
-            for agent in sorted(delivered, key=lambda name: (name not in attempt.gone, name)):
+            away = attempt.gone | attempt.restarted
+            for agent in sorted(delivered, key=lambda name: (name not in away, name)):
                 events += self._happened(What.STORED, agent, now)
             events += self._happened(What.CLOSE, "", now)
-            for agent in sorted(attempt.gone):
+            for agent in sorted(away):
                 events += self._happened(What.GONE, agent, now)
         return events
 
@@ -313,13 +316,15 @@ class SecureRounds:
             raise PeerError(Rejection.MALFORMED, str(error)) from error
         if counts:
             _note(attempt, record, message)
-        if isinstance(message, MaskingKeys) and attempt.keys.get(record.agent) != record.data:
-            attempt.gone.add(
-                record.agent
-            )  # it has restarted since the roster was closed, without its secrets
         if commands:
             attempt.journal.sync()
-        return self._carry_out(attempt, commands, now)
+        events = self._carry_out(attempt, commands, now)
+        if record.agent in attempt.restarted and isinstance(message, MaskingKeys) and counts:
+            log.warning(
+                "agent_lost_its_masks", agent=record.agent, round=message.round, attempt=message.attempt
+            )
+            events.append(AgentOut(record.agent))  # it has nothing to deliver before the next attempt
+        return events
 
     def _replay(self, attempt: _Attempt, record: Record) -> None:
         message = body_up(record.data) if record.what is What.MESSAGE else None
@@ -400,7 +405,7 @@ class SecureRounds:
         out = sorted(set(attempt.plan.cohort) - taking_part)
         if out:
             log.info("masking_without", round=attempt.plan.round, attempt=attempt.plan.attempt, agents=out)
-        return [AgentOut(agent) for agent in out]
+        return [AgentOut(agent) for agent in sorted({*out, *attempt.restarted})]
 
     def _refuse(self, agent: str, error: PeerError) -> None:
         # Strangers share one entry: on a broker without access control, names are free to invent.
@@ -446,6 +451,8 @@ def _note(attempt: _Attempt, record: Record, message: UpMessage | None) -> None:
     match message:
         case MaskingKeys() if attempt.roster is None:
             attempt.keys[record.agent] = record.data
+        case MaskingKeys() if attempt.keys.get(record.agent) != record.data:
+            attempt.restarted.add(record.agent)
         case Agreement():
             attempt.agreements[record.agent] = record.data
             attempt.unanswered.discard(record.agent)

@@ -106,7 +106,8 @@ def test_a_server_that_dies_goes_on_with_the_same_attempt(
 def test_an_agent_that_is_started_again_counts_as_vanished(
     federation: Start, recorder: Recorder, when: str
 ) -> None:
-    fleet = masked(federation(6, **SIX), min_agents=4, phase_s=1.0)
+    # Nobody waits for it, though it is back long before its grace is over.
+    fleet = masked(federation(6, **SIX | {"grace_s": 600.0}), min_agents=4)
     agent = fleet.join("pi1", TinyTrainer())
     died = at_message(fleet, when, 1, agent.stop, of="pi1")
     for name in fleet.names:
