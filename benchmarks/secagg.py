@@ -84,7 +84,10 @@ CASES: Final = (
     Case(100, Terms(2, 0.2, colluders=0.0), 16, 1_000_000),
 )
 LARGE: Final = Terms(2, 0.3)
-LARGE_CASES: Final = tuple(Case(1000, LARGE, 32, 100_000, lost) for lost in (0.0, 0.1, 0.3))
+LARGE_QUICK: Final = Terms(2, 0.3, colluders=0.0)
+"""With a third of the neighbours."""
+
+LOST: Final = (0.0, 0.1, 0.3)
 
 
 @dataclass(slots=True)
@@ -333,7 +336,9 @@ def core(options: Options, results: Results) -> None:
 def memory(options: Options, results: Results) -> None:
     """A thousand devices."""
     say(HEAD)
-    runs = [(case, carried_out(case, options.folder, 1)) for case in LARGE_CASES]
+    terms = LARGE_QUICK if options.quick else LARGE
+    cases = [Case(1000, terms, 32, 100_000, lost) for lost in LOST]
+    runs = [(case, carried_out(case, options.folder, 1)) for case in cases]
     judge(results, runs, "1,000 devices in memory")
     case, outcomes = runs[-1]
     results.add("client_cpu_s_1000", middle(outcomes[0].client_s.values()), "s", f"CPU of a device: {case}")
