@@ -136,7 +136,7 @@ class Federation:
     def _train(self, model: Arrays, number: int) -> list[tuple[Arrays, int]]:
         if number == 1 and self._first:  # all runs begin with the same model, so with the same updates
             return self._first
-        plan = _plan(number, self._task, TrainSpec(seed=self._seed))
+        plan = plan_of(number, self._task, TrainSpec(seed=self._seed))
         trained = [
             trainer.train(model, plan, f"agent-{agent}", lambda: False)
             for agent, trainer in enumerate(self._trainers, 1)
@@ -196,7 +196,8 @@ def _early(rounds: int) -> int:
     return max(rounds // 3, 1)
 
 
-def _plan(number: int, task: TaskSpec, train: TrainSpec) -> RoundPlan:
+def plan_of(number: int, task: TaskSpec, train: TrainSpec) -> RoundPlan:
+    """A round of a run of nobody."""
     nothing = ObjectRef(sha256=_NOWHERE, length=1, chunk_bytes=64, digests=bytes(16))
     return RoundPlan(
         run=_NOBODY,

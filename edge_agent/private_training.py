@@ -47,7 +47,7 @@ def fit(
     """
     if spec.batch_size > len(data):
         raise TrainingError(
-            f"{len(data)} samples are fewer than a batch of {spec.batch_size}: private training draws each batch from many. Let the "
+            f"this device has fewer samples than a batch of {spec.batch_size}: private training draws each batch from many. Let the "
             "federation use a smaller batch_size, or add images"
         )
 
