@@ -1,7 +1,9 @@
 """privacy.secagg.graph: sizes against what they promise, and the graph against its definition."""
 
 import random
+import re
 from math import comb
+from pathlib import Path
 
 import pytest
 
@@ -98,3 +100,16 @@ def test_digests_do_not_confuse_where_one_part_ends() -> None:
 def test_terms_that_protect_nobody_are_refused(agents: int, dropouts: float, colluders: float) -> None:
     with pytest.raises(ValueError, match=r"is (1|-0.1|0.51|1.0)"):
         Terms(agents, dropouts, colluders)
+
+
+def test_the_documentation_has_the_sizes_that_are_computed() -> None:
+    page = (Path(__file__).parents[4] / "docs" / "privacy.md").read_text()
+    table = page.partition("| n | dropouts 0.1: k, t |")[2].partition("\n\n")[0]
+    rows = re.findall(r"^\| ([\d,]+) \| (.+) \|$", table, flags=re.MULTILINE)
+    assert len(rows) == 4
+    for devices, cells in rows:
+        computed = [
+            graph_size(int(devices.replace(",", "")), dropouts, colluders)
+            for dropouts, colluders in ((0.1, 0.05), (0.2, 0.05), (THIRD, 0.05), (THIRD, 0.0))
+        ]
+        assert cells.split(" | ") == [f"{size.neighbours}, {size.threshold}" for size in computed]
