@@ -3,8 +3,8 @@
 ``python -m benchmarks.masked_agents --record FOLDER [--vanish FILE] BUNDLE...`` runs one real agent per bundle until SIGTERM,
 all but the training. The integers of each masked update go to ``FOLDER/<SHA-256 of what is sent>``. A line
 ``NAME ROUND KIND`` of FILE lets that agent vanish in the moment when it would send that kind of message (``keys``, ``shares``,
-``offer``, ``agreement`` or ``reveal``), which is lost: as a process that is killed with SIGKILL if it is the only agent
-here, else by leaving and starting anew without its secrets.
+``offer``, ``agreement`` or ``reveal``), which is lost: with ``--kill`` the whole process is killed with SIGKILL, else the agent
+leaves and starts anew, without its secrets.
 """
 
 import argparse
@@ -95,7 +95,7 @@ class Runner:
         bundle: Its bundle, and the file that it came from.
         trainer: Shared by all of the process.
         when: In which rounds it vanishes, and with which message.
-        alone: Whether it is the only one of its process.
+        kill: Whether to kill the process instead of leaving it.
     """
 
     def __init__(
@@ -104,9 +104,9 @@ class Runner:
         trainer: RandomTrainer,
         when: frozenset[tuple[int, str]],
         *,
-        alone: bool,
+        kill: bool,
     ) -> None:
-        self._bundle, self._trainer, self._when, self._alone = bundle, trainer, when, alone
+        self._bundle, self._trainer, self._when, self._kill = bundle, trainer, when, kill
         self._again = False
         self._over = False
         self._agent = self._make()
@@ -132,7 +132,7 @@ class Runner:
         return Agent(bundle, able, self._trainer, options, make_link=vanishing_link(self._when, self._vanish))
 
     def _vanish(self) -> None:
-        if self._alone:
+        if self._kill:
             os.kill(os.getpid(), signal.SIGKILL)
         self._again = True
         self._when = frozenset(
@@ -152,6 +152,7 @@ def main() -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("--record", type=Path, required=True)
     parser.add_argument("--vanish", type=Path)
+    parser.add_argument("--kill", action="store_true")
     parser.add_argument("--log-level", default="warning")
     parser.add_argument("bundles", type=Path, nargs="+")
     given = parser.parse_args()
@@ -159,8 +160,9 @@ def main() -> None:
     record_integers(given.record)
     trainer, vanish = RandomTrainer(), read_vanish(given.vanish)
     bundles = [(read_bundle(path), path) for path in given.bundles]
-    alone = len(bundles) == 1
-    runners = [Runner(each, trainer, vanish.get(each[0].agent, frozenset()), alone=alone) for each in bundles]
+    runners = [
+        Runner(each, trainer, vanish.get(each[0].agent, frozenset()), kill=given.kill) for each in bundles
+    ]
     failed: list[BaseException] = []
 
     def stop(*_: object) -> None:
