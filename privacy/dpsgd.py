@@ -21,7 +21,6 @@ sum over calls, and the ``g_i`` themselves are kept (``hooks``).
 
 from __future__ import annotations
 
-import importlib.util
 import logging
 import math
 import os
@@ -58,7 +57,6 @@ _MEMORY_SHARE = 4
 """One part in so many of the memory that is free may go to the gradients of single samples."""
 
 _WORD_BITS = 64
-_REMEDY = "install it with: pip install 'fedge[train]'"
 
 
 class Optimizer(Protocol):
@@ -294,16 +292,19 @@ class _Samplers:
 @lru_cache
 def _opacus() -> tuple[_Samplers, Any]:
     """Opacus' hooks with our ways for convolutions and linear layers, and its validator."""
-    if importlib.util.find_spec("opacus") is None:
-        raise ModuleNotFoundError(
-            f"training with differential privacy needs Opacus: {_REMEDY}", name="opacus"
-        )
     root = logging.getLogger()
     handlers = root.handlers[:]
-    from opacus.grad_sample import GradSampleHooks, GradSampleHooksFastGradientClipping
-    from opacus.validators import ModuleValidator
-
-    root.handlers[:] = handlers  # Opacus configures the logging of whoever imports it
+    try:
+        from opacus.grad_sample import GradSampleHooks, GradSampleHooksFastGradientClipping
+        from opacus.validators import ModuleValidator
+    except ImportError as error:
+        raise ModuleNotFoundError(
+            f"training with differential privacy needs Opacus, which cannot be imported: {error}. Install it with: "
+            "pip install 'fedge[train]'",
+            name="opacus",
+        ) from error
+    finally:
+        root.handlers[:] = handlers  # Opacus configures the logging of whoever imports it
     from torch import nn
 
     from privacy import per_sample
