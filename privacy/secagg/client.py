@@ -15,7 +15,6 @@ What the device holds to, whatever the aggregator sends:
 import secrets
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from itertools import pairwise
 
 from cryptography.hazmat.primitives.asymmetric.x25519 import X25519PrivateKey
 
@@ -23,7 +22,6 @@ from privacy.secagg.agreement import (
     SEED_BYTES,
     PublicKeys,
     Terms,
-    roster_digest,
     seed_commitment,
     survivors_digest,
 )
@@ -47,7 +45,7 @@ from privacy.secagg.client_messages import (
     VectorMasked,
 )
 from privacy.secagg.errors import RefusedError
-from privacy.secagg.graph import Graph, graph_of
+from privacy.secagg.group import Group, UnacceptableError, checked
 from privacy.secagg.masks import Mask, MaskPlan, own_mask, pair_mask
 from privacy.secagg.sealing import Sealer, SharePair
 from privacy.secagg.shamir import split
@@ -69,39 +67,6 @@ class _Secrets:
     seed: bytes = field(default_factory=lambda: secrets.token_bytes(SEED_BYTES), repr=False)
     mask_key: X25519PrivateKey = field(default_factory=X25519PrivateKey.generate, repr=False)
     seal_key: X25519PrivateKey = field(default_factory=X25519PrivateKey.generate, repr=False)
-
-
-@dataclass(slots=True)
-class _Group:
-    """Those with whom the device works together, once it has checked the roster.
-
-    Attributes:
-        arrived: The roster as it came.
-        digest: Of its names.
-        graph: Of all.
-        neighbours: Of this device.
-        sealers: For each neighbour.
-        sharing: Neighbours that shared too, by what they sealed; None until it came.
-        held: Shares of those neighbours, as far as they could be opened, and of this device itself.
-        survivors: Names as they came; None until then.
-    """
-
-    arrived: RosterArrived
-    digest: bytes
-    graph: Graph
-    neighbours: frozenset[str]
-    sealers: dict[str, Sealer] = field(default_factory=dict)
-    sharing: Mapping[str, bytes] | None = None
-    held: dict[str, SharePair] = field(default_factory=dict, repr=False)
-    survivors: tuple[str, ...] | None = None
-
-    @property
-    def threshold(self) -> int:
-        return self.graph.size.threshold
-
-
-class _Unacceptable(Exception):  # noqa: N818 - never leaves this module
-    """The aggregator is broken or lies: the device takes no further part."""
 
 
 class Client:
@@ -130,7 +95,7 @@ class Client:
             seal=self._secrets.seal_key.public_key().public_bytes_raw(),
             seed_commitment=seed_commitment(context, name, self._secrets.seed),
         )
-        self._group: _Group | None = None
+        self._group: Group | None = None
         self._masks: MaskPlan | None = None
         self._masked = False
         self._said: ClientCommand = SendKeys(self._keys)
@@ -162,7 +127,7 @@ class Client:
             return []
         try:
             commands = self._take(event, now)
-        except (_Unacceptable, RefusedError) as error:
+        except (UnacceptableError, RefusedError) as error:
             self._forget()
             return [Abort(str(error))]
         if any(isinstance(command, SendShares | SendAgreement) for command in commands):
@@ -204,9 +169,9 @@ class Client:
     def _on_roster(self, roster: RosterArrived) -> list[ClientCommand]:
         if self._group is not None:
             if roster != self._group.arrived:
-                raise _Unacceptable("the aggregator sent two different rosters")
+                raise UnacceptableError("the aggregator sent two different rosters")
             return [self._said] if self.phase is ClientPhase.SHARES else []
-        group = self._checked(roster)
+        group = checked(roster, self._name, self._keys, self._context, self._terms)
         assert self._secrets is not None
         points = {group.graph.point(holder): holder for holder in group.graph.holders(self._name)}
         seeds = split(self._secrets.seed, group.threshold, points)
@@ -221,27 +186,6 @@ class Client:
         self._said = SendShares({to: sealer.seal(shares[to]) for to, sealer in group.sealers.items()})
         return [self._said]
 
-    def _checked(self, roster: RosterArrived) -> _Group:
-        names = roster.names
-        if not _sorted_names(names):
-            raise _Unacceptable("the names of the roster are not sorted, or one is there twice")
-        if self._name not in names:
-            raise _Unacceptable("the roster is without this device")
-        if len(names) < self._terms.min_agents:
-            raise _Unacceptable(
-                f"{len(names)} devices in the roster, at least {self._terms.min_agents} were promised"
-            )
-        digest = roster_digest(self._context, names)
-        graph = graph_of(names, digest, self._terms)
-        neighbours = graph.neighbours(self._name)
-        if roster.keys.keys() != neighbours | {self._name}:
-            raise _Unacceptable(
-                "the roster brings the keys of others than the neighbours that follow from it"
-            )
-        if roster.keys[self._name] != self._keys:
-            raise _Unacceptable("the roster has other keys of this device, perhaps from before it restarted")
-        return _Group(roster, digest, graph, neighbours)
-
     # --- shares ---------------------------------------------------------------------------------------------------
 
     def _on_shares(self, sealed: Mapping[str, bytes]) -> list[ClientCommand]:
@@ -250,10 +194,10 @@ class Client:
             return [Ignored("shares came before the roster")]
         if group.sharing is not None:
             if sealed != group.sharing:
-                raise _Unacceptable("the aggregator sent two different sets of shares")
+                raise UnacceptableError("the aggregator sent two different sets of shares")
             return []
         if strangers := sealed.keys() - group.neighbours:
-            raise _Unacceptable(f"shares of {min(strangers)!r}, who is no neighbour")
+            raise UnacceptableError(f"shares of {min(strangers)!r}, who is no neighbour")
         ignored: list[ClientCommand] = []
         for sender, ciphertext in sealed.items():
             try:
@@ -262,7 +206,7 @@ class Client:
                 # The sender is masked with all the same: the aggregator counts it, and others may hold good shares of it.
                 ignored.append(Ignored(str(error)))
         if len(group.held) < group.threshold:
-            raise _Unacceptable(f"shares of {len(group.held)} holders, {group.threshold} are needed")
+            raise UnacceptableError(f"shares of {len(group.held)} holders, {group.threshold} are needed")
         group.sharing, group.sealers = dict(sealed), {}
         self._masks = MaskPlan(self._masks_of(group))
         # Masks and shares are made: no later step needs the keys.
@@ -270,7 +214,7 @@ class Client:
         self.phase = ClientPhase.SURVIVORS
         return [*ignored, ApplyMasks(self._masks)]
 
-    def _masks_of(self, group: _Group) -> list[Mask]:
+    def _masks_of(self, group: Group) -> list[Mask]:
         assert self._secrets is not None
         own = own_mask(self._secrets.seed, group.digest)
         key, keys = self._secrets.mask_key, group.arrived.keys
@@ -290,31 +234,23 @@ class Client:
             return [Ignored("survivors came before the shares")]
         if group.survivors is not None:
             if names != group.survivors:
-                raise _Unacceptable("the aggregator sent two different lists of survivors: it may be lying")
+                raise UnacceptableError(
+                    "the aggregator sent two different lists of survivors: it may be lying"
+                )
             return [self._agreement(group)]
-        self._check_survivors(group, group.sharing, names)
+        self._check_survivors(group, names)
         group.survivors = names
         self.phase = ClientPhase.AGREEMENTS
         self._said = self._agreement(group)
         return [self._said]
 
-    def _agreement(self, group: _Group) -> SendAgreement:
-        return SendAgreement(survivors_digest(group.digest, group.survivors or ()))
-
-    def _check_survivors(self, group: _Group, sharing: Mapping[str, bytes], names: tuple[str, ...]) -> None:
-        if not _sorted_names(names) or not set(names) <= set(group.graph.names):
-            raise _Unacceptable("the survivors are not sorted, or not of the roster")
-        if self._name not in names:
-            raise _Unacceptable("this device is not among the survivors: its vector came too late")
+    def _check_survivors(self, group: Group, names: tuple[str, ...]) -> None:
+        group.check_survivors(names, self._name, self._terms.min_agents)
         if not self._masked:
-            raise _Unacceptable("this device is counted as a survivor, but has sent no vector")
-        if len(names) < self._terms.min_agents:
-            raise _Unacceptable(f"{len(names)} survivors, at least {self._terms.min_agents} were promised")
-        surviving = group.neighbours & set(names)
-        if unknown := surviving - sharing.keys():
-            raise _Unacceptable(f"{min(unknown)!r} survives, but its shares never came")
-        if len(surviving) + 1 < group.threshold:
-            raise _Unacceptable(f"{len(surviving) + 1} holders survive, {group.threshold} are needed")
+            raise UnacceptableError("this device is counted as a survivor, but has sent no vector")
+
+    def _agreement(self, group: Group) -> SendAgreement:
+        return SendAgreement(survivors_digest(group.digest, group.survivors or ()))
 
     # --- the reveal -----------------------------------------------------------------------------------------------
 
@@ -347,7 +283,3 @@ class Client:
             self._masks.wipe()
         self._secrets, self._group, self._masks, self._repeat_at = None, None, None, None
         self._said = Ignored("over")
-
-
-def _sorted_names(names: tuple[str, ...]) -> bool:
-    return all(name < following for name, following in pairwise(names))
