@@ -72,7 +72,7 @@ class SecAggConfig(Table, frozen=True):
     modulus_bits: Literal[8, 16, 32] = 16
     min_agents: Annotated[int, Meta(ge=2, le=4096)] = 3
     dropouts: Annotated[float, Meta(ge=0, le=0.5)] = 1 / 3
-    phase_s: Positive = 30.0
+    phase_s: Positive = 60.0
     noise_multiplier: NonNegative = 0.0
     epsilon: Positive = 8.0
     delta: Probability = DELTA

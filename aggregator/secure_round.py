@@ -276,8 +276,8 @@ class SecureRounds:
 
     def tick(self, now: float) -> list[Event]:
         """Time has passed."""
-        attempt = self._attempt
-        if attempt is None or not attempt.begun or attempt.outcome is not None:
+        attempt = self._running()
+        if attempt is None:
             return []
         if attempt.unanswered and now >= attempt.repeat_at:
             attempt.repeat_at = now + REPEAT_S
@@ -287,11 +287,22 @@ class SecureRounds:
 
     def next_wakeup(self) -> float | None:
         """When :meth:`tick` is due, monotonic seconds."""
-        attempt = self._attempt
-        if attempt is None or not attempt.begun or attempt.outcome is not None:
+        attempt = self._running()
+        if attempt is None:
             return None
         repeat = attempt.repeat_at if attempt.unanswered else None
         return min((at for at in (attempt.server.next_wakeup(), repeat) if at is not None), default=None)
+
+    def connected(self, now: float) -> list[Event]:
+        """The aggregator's link is back. Nobody could answer without it: the present step gets its full time again."""
+        attempt = self._running()
+        return [] if attempt is None else self._carry_out(attempt, attempt.server.resume(now), now)
+
+    def _running(self) -> _Attempt | None:
+        """The attempt, while its clock runs: it stands still while nobody can be heard."""
+        attempt = self._attempt
+        ready = attempt is not None and attempt.begun and attempt.outcome is None and self._link.connected
+        return attempt if ready else None
 
     # --- the machine --------------------------------------------------------------------------------------------
 

@@ -300,6 +300,7 @@ class Service:
                 raise item
             case Connected():
                 self._subscribe(now)
+                return self._secure.connected(now)
             case Disconnected():
                 pass  # the link has said why, and goes on trying; the round goes on without it
             case Overflow(dropped):

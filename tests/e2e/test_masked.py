@@ -47,7 +47,7 @@ SERVING = (
     ),
     *("--set", "rounds.gather_s=600", "--set", "rounds.grace_s=0.5", "--set", "rounds.quorum=0.5"),
     *("--set", "privacy.secagg.enabled=true", "--set", "privacy.secagg.min_agents=3"),
-    *("--set", "privacy.secagg.phase_s=20", "--set", "privacy.secagg.dropouts=0.4"),
+    *("--set", "privacy.secagg.phase_s=100", "--set", "privacy.secagg.dropouts=0.4"),
 )
 
 
