@@ -88,6 +88,7 @@ LARGE_QUICK: Final = Terms(2, 0.3, colluders=0.0)
 """With a third of the neighbours."""
 
 LOST: Final = (0.0, 0.1, 0.3)
+LOST_QUICK: Final = (0.0, 0.3)
 
 
 @dataclass(slots=True)
@@ -337,7 +338,8 @@ def memory(options: Options, results: Results) -> None:
     """A thousand devices."""
     say(HEAD)
     terms = LARGE_QUICK if options.quick else LARGE
-    cases = [Case(1000, terms, 32, 100_000, lost) for lost in LOST]
+    lost_shares = LOST_QUICK if options.quick else LOST
+    cases = [Case(1000, terms, 32, 100_000, lost) for lost in lost_shares]
     runs = [(case, carried_out(case, options.folder, 1)) for case in cases]
     judge(results, runs, "1,000 devices in memory")
     case, outcomes = runs[-1]
