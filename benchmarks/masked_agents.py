@@ -4,11 +4,12 @@
 all but the training. The integers of each masked update go to ``FOLDER/<SHA-256 of what is sent>``. A line
 ``NAME ROUND KIND`` of FILE lets that agent vanish in the moment when it would send that kind of message (``keys``, ``shares``,
 ``offer``, ``agreement`` or ``reveal``), which is lost: with ``--kill`` the whole process is killed with SIGKILL, else the agent
-leaves and starts anew, without its secrets.
+leaves and starts anew, without its secrets and its update.
 """
 
 import argparse
 import os
+import shutil
 import signal
 import sys
 import threading
@@ -118,6 +119,8 @@ class Runner:
             self._agent.run()
             if not self._again:
                 return
+            # Else it would deliver what it had masked: an update on disk outlives its secrets.
+            shutil.rmtree(default_state(self._bundle[1]) / "outbox")
             self._agent = self._make()
 
     def stop(self) -> None:

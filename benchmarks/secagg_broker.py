@@ -49,14 +49,16 @@ class Measured:
     Attributes:
         seconds: By share of agents that vanish: each round from opening to closing.
         exact: By share: whether each round's model is, to the bit, the one of the plain sum of all that did not vanish.
-        bytes: Payloads that an agent has sent and received in a round in which nobody vanishes, median.
+        sent: Bytes of payloads that an agent has sent in a round in which nobody vanishes, median.
+        received: The same of what it has received, the model included.
         agent_cpu_s: Of one agent in one round.
         server_cpu_s: Of the aggregator in one round.
     """
 
     seconds: dict[float, list[float]]
     exact: dict[float, list[bool]]
-    bytes: float
+    sent: float
+    received: float
     agent_cpu_s: float
     server_cpu_s: float
 
@@ -103,10 +105,12 @@ class Fleet:
 
         self._children.until(over, RUN_S, f"{server.name} finishes")
         rounds = len(self._shares)
+        sent, received = self._bytes()
         measured = Measured(
             seconds=self._seconds(),
             exact=self._exact() if self._masked else {},
-            bytes=self._bytes(),
+            sent=sent,
+            received=received,
             agent_cpu_s=(sum(after[0]) - sum(before[0])) / self._size / rounds,
             server_cpu_s=(after[1] - before[1]) / rounds,
         )
@@ -220,14 +224,17 @@ class Fleet:
                 exact[share].append(same and len(updates) == self._size - len(self._vanishing(row.round)))
         return exact
 
-    def _bytes(self) -> float:
+    def _bytes(self) -> tuple[float, float]:
         undisturbed = {number for number, share in enumerate(self._shares, 1) if number > 1 and not share}
         with Store(self._state) as store:
-            return middle(
-                entry.moved.sent_payload_bytes + entry.moved.received_payload_bytes
+            moved = [
+                entry.moved
                 for entry in TrafficLog(store).read()
                 if entry.agent != AGGREGATOR and entry.round in undisturbed
-            )
+            ]
+        return middle(each.sent_payload_bytes for each in moved), middle(
+            each.received_payload_bytes for each in moved
+        )
 
 
 def measure(options: Options, results: Results) -> None:
@@ -267,16 +274,22 @@ def tell(results: Results, size: int, masked: Measured, plain: Measured) -> None
         "the same agents and model, int8 without masks",
     )
     results.add(
-        f"broker_kb_{size}",
-        masked.bytes / 1000,
+        f"broker_up_kb_{size}",
+        masked.sent / 1000,
         "KB",
-        f"payloads that an agent sends and receives in a round, the model included; int8: {plain.bytes / 1000:.0f}",
+        f"payloads that an agent sends in a round; int8: {plain.sent / 1000:.0f}",
     )
     results.add(
-        f"broker_up_ratio_{size}",
-        masked.bytes / plain.bytes,
+        f"broker_down_kb_{size}",
+        masked.received / 1000,
+        "KB",
+        f"payloads that an agent receives in a round, the model in float32 included; int8: {plain.received / 1000:.0f}",
+    )
+    results.add(
+        f"broker_ratio_int8_{size}",
+        (masked.sent + masked.received - plain.received) / plain.sent,
         "x",
-        "all payloads of an agent, masked over int8",
+        "all payloads of an agent but the model, over those of an int8 update",
     )
     results.add(
         f"broker_agent_cpu_s_{size}",
