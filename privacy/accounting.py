@@ -39,11 +39,17 @@ RDP_ORDERS = (2.0, 2.75, 3.0, 3.5, 4.0, 4.5, 5.0, 5.5, *map(float, range(6, 33))
 HOPELESS_EPSILON = 200.0
 """By RDP; beyond it nothing is protected, and the exact value is not worth the memory that a PLD would take."""
 
+MOST_PLD_STEPS = 10**6
+"""Of more steps together only RDP is computed: the bins of a PLD would take hundreds of megabytes."""
+
+NO_NOISE = 1e-3
+"""Noise multipliers below it count as none: epsilon is infinite."""
+
 MIN_NOISE, MAX_NOISE = 0.1, 1e5
 """Range of derived noise multipliers. At 0.1 a single step already has an epsilon above 40; 1e5 drowns any gradient."""
 
-_HUGE = 1e300
-"""Stands for an infinite epsilon where a logarithm is taken."""
+_TINY, _HUGE = 1e-12, 1e300
+"""Stand for no epsilon and for an infinite one where a logarithm is taken: delta alone may cover a mechanism."""
 
 _PLD_STEP = 0.03
 """Width of a PLD's bins in units of min(epsilon, sqrt(epsilon)) / sqrt(steps). What rounding adds to epsilon was measured to be
@@ -117,7 +123,7 @@ def epsilon_pld(spends: Iterable[Spend], delta: float) -> float:
     """
     segments = merged(spends)
     fast = epsilon_rdp(segments, delta)
-    if not 0 < fast < HOPELESS_EPSILON:
+    if not 0 < fast < HOPELESS_EPSILON or sum(segment.steps for segment in segments) > MOST_PLD_STEPS:
         return fast
     tight, assumed = 0.0, math.inf
     while assumed > _NEAR * (tight or fast):
@@ -182,7 +188,7 @@ def noise_multiplier_for(
 
     def excess(log_noise: float) -> float:
         tried = epsilon_pld((*spent, Spend(math.exp(log_noise), sample_rate, steps)), delta)
-        return math.log(min(tried, _HUGE) / epsilon)
+        return math.log(min(max(tried, _TINY), _HUGE) / max(epsilon, _TINY))
 
     # Epsilon is nearly a power of the noise, so a few steps of a root finder suffice.
     digit = 10.0 ** (1 - NOISE_DIGITS)
@@ -218,6 +224,8 @@ def _rdp_curve(noise_multiplier: float, sample_rate: float) -> tuple[float, ...]
     from dp_accounting.dp_event import GaussianDpEvent, PoissonSampledDpEvent
     from dp_accounting.rdp import RdpAccountant
 
+    if noise_multiplier < NO_NOISE:
+        return (math.inf,) * len(RDP_ORDERS)
     accountant = RdpAccountant(RDP_ORDERS)
     step = GaussianDpEvent(noise_multiplier)
     accountant.compose(step if sample_rate == 1 else PoissonSampledDpEvent(sample_rate, step))

@@ -119,7 +119,25 @@ def test_a_budget_of_zero_pays_for_nothing() -> None:
         plan_round(replace(NOISE, noise_multiplier=1e6), [], replace(LIMITS, max_epsilon=0.0), SAMPLES)
 
 
-@pytest.mark.parametrize("noise", [1e-12, 1e-3])
+@pytest.mark.parametrize(
+    "terms",
+    [
+        replace(TARGET, rounds=1_000_000),
+        replace(TARGET, rounds=1_000_000, epochs=1000, batch_size=1),
+        replace(TARGET, delta=5e-324),
+        replace(NOISE, noise_multiplier=1e12, batch_size=SAMPLES),
+    ],
+)
+def test_extreme_plans_are_paid_without_much_memory(terms: Terms) -> None:
+    assert plan_round(terms, [], LIMITS, SAMPLES).noise_multiplier > 2.0
+
+
+def test_next_to_no_epsilon_needs_much_noise() -> None:
+    private = plan_round(replace(TARGET, epsilon=5e-324), [], LIMITS, SAMPLES)
+    assert epsilon_pld([Spend(private.noise_multiplier, private.sample_rate, 1870)], 1e-5) == 0.0
+
+
+@pytest.mark.parametrize("noise", [5e-324, 1e-12, 1e-3])
 def test_next_to_no_noise_is_over_any_budget(noise: float) -> None:
     with pytest.raises(OverBudgetError):
         plan_round(replace(NOISE, noise_multiplier=noise), [], LIMITS, SAMPLES)
