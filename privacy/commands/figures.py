@@ -50,14 +50,15 @@ def epsilon_bars(bounds: Sequence[tuple[str, float]], claimed: float | None) -> 
     """
     largest = max([1.0, claimed or 0.0, *(value for _, value in bounds)])
     room = _BAR_WIDTH - _BAR_LEFT - _BAR_RIGHT
-    height = _BAR_ROW * len(bounds) + 40
+    # Below the bars: the name of the claim.
+    height = _BAR_ROW * len(bounds) + (40 if claimed is not None else 12)
 
     def x(value: float) -> float:
         return _BAR_LEFT + room * value / largest
 
     parts = [
         f'<svg viewBox="0 0 {_BAR_WIDTH} {height}" role="img" aria-label="lower bounds on epsilon and the claim">',
-        f'<line class="axis" x1="{_BAR_LEFT}" y1="4" x2="{_BAR_LEFT}" y2="{height - 28}"/>',
+        f'<line class="axis" x1="{_BAR_LEFT}" y1="4" x2="{_BAR_LEFT}" y2="{_BAR_ROW * len(bounds) + 8}"/>',
     ]
     for row, (name, value) in enumerate(bounds):
         top = 10 + row * _BAR_ROW

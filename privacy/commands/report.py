@@ -104,7 +104,7 @@ def _tiles(findings: Findings) -> Iterator[str]:
             "epsilon that the attacks prove at least",
         ),
         (f"{strongest.membership.auc.value:.3f}", f"best AUC ({strongest.title}); 0.5 is guessing"),
-        (_percent(strongest.membership.tpr.value), "members found at 1 % false alarms; 1 % is guessing"),
+        (_percent(strongest.membership.tpr.value), "members found at 1% false alarms; 1% is guessing"),
     ]
     if subject.accuracy is not None:
         tiles.append((f"{subject.accuracy:.1%}", "accuracy on pictures never seen"))
@@ -119,13 +119,20 @@ def _bounds(findings: Findings) -> Iterator[str]:
     shown = [(attack.title, attack.bound.epsilon) for attack in findings.attacks if attack.bound is not None]
     if not shown:
         return
-    yield "<h2>What was proven against what is promised</h2>"
+    claimed = findings.subject.epsilon
+    yield (
+        "<h2>What was proven</h2>" if claimed is None else "<h2>What was proven against what is promised</h2>"
+    )
+    beyond = (
+        ""
+        if claimed is None
+        else "A bar beyond the line would refute the promise; a bar short of it is normal. "
+    )
     yield (
         f"<p>Each bar is an epsilon that the training exceeds, at delta {findings.subject.delta:g}; all of them hold together with "
-        f"{CONFIDENCE:.0%} confidence. A bar beyond the line would refute the promise. A bar short of it is normal: one run shows only part of what a "
-        "perfect attacker with many runs could.</p>"
+        f"{CONFIDENCE:.0%} confidence. {beyond}One run shows only part of what a perfect attacker with many runs could.</p>"
     )
-    yield f'<div class="card">{epsilon_bars(shown, findings.subject.epsilon)}</div>'
+    yield f'<div class="card">{epsilon_bars(shown, claimed)}</div>'
 
 
 def _tested(findings: Findings) -> Iterator[str]:
@@ -143,7 +150,7 @@ def _attacks(findings: Findings) -> Iterator[str]:
         found = attack.membership
         rows = [
             ("AUC", _interval(found.auc, "{:.3f}"), "how often a member scores above a stranger; 0.5 is guessing"),
-            ("TPR at 1 % FPR", _interval(found.tpr, "{:.1%}"), "members that are found almost surely; 1 % is guessing"),
+            ("TPR at 1% FPR", _interval(found.tpr, "{:.1%}"), "members that are found almost surely; 1% is guessing"),
         ]  # fmt: skip
         if attack.bound is not None:
             bound = attack.bound
