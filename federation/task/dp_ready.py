@@ -116,12 +116,12 @@ def _replace_batch_norms(model: nn.Module) -> nn.Module:
 def _out_of_place(kind: type[nn.Module]) -> type[nn.Module]:
     """A subclass whose ``forward`` writes nothing in place while it is trained."""
 
-    def forward(self: nn.Module, *inputs: Any) -> Any:
+    def forward(self: nn.Module, images: torch.Tensor) -> Any:
         # What is exported or evaluated is the model as it was written.
         if not self.training:
-            return kind.forward(self, *inputs)
+            return kind.forward(self, images)
         with _writing_anew()():
-            return kind.forward(self, *inputs)
+            return kind.forward(self, images)
 
     # The name stays: layers are chosen by type nowhere above a whole model, and people read it.
     return type(kind.__name__, (kind,), {"forward": forward, "__module__": kind.__module__})

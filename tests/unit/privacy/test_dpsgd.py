@@ -118,7 +118,7 @@ def vision(name: str, size: int) -> nn.Module:
     model = build(task, seed=SEEDS.get(name, 1))
     for module in model.modules():
         if isinstance(getattr(module, "p", None), float):
-            module.p = 0.0  # a loop and a batch would drop out differently
+            vars(module)["p"] = 0.0  # a loop and a batch would drop out differently
     return model
 
 
@@ -140,7 +140,7 @@ def norms_of(gradients: list[Gradients]) -> torch.Tensor:
 
 def clipped_by_loop(gradients: list[Gradients], clip_norm: float) -> Gradients:
     factors = (clip_norm / norms_of(gradients)).clamp(max=1)
-    return [sum(f * g for f, g in zip(factors, parts, strict=True)) for parts in zip(*gradients, strict=True)]  # type: ignore[misc]
+    return [sum(f * g for f, g in zip(factors, parts, strict=True)) for parts in zip(*gradients, strict=True)]
 
 
 def clipped(
