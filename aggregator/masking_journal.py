@@ -15,9 +15,10 @@ import zlib
 from enum import StrEnum
 from pathlib import Path
 
+import msgspec
+
 from federation.errors import ConfigError, PeerError
 from federation.files import disk_error, sync_folder
-from federation.wire.fields import Wire
 from federation.wire.messages import RoundPlan, decode_msgpack, encode_msgpack
 
 FOLDER = "secagg"
@@ -38,7 +39,7 @@ class What(StrEnum):
     TICK = "tick"
 
 
-class Record(Wire, frozen=True):
+class Record(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
     """One event that changed the state of an attempt.
 
     Attributes:
@@ -87,7 +88,7 @@ class Journal:
 
     def append(self, record: Record) -> None:
         """Write an event; :meth:`sync` before anybody is told what followed from it."""
-        self._append(encode_msgpack(record))
+        self._append(msgspec.msgpack.encode(record))
 
     def sync(self) -> None:
         """Wait until all that was written is on the disk.

@@ -20,7 +20,7 @@ from safetensors.numpy import save
 
 from federation.errors import VerificationError
 from federation.files import write_whole
-from federation.wire.fields import RoundNumber, RunId, Wire
+from federation.wire.fields import RoundNumber, RunId
 from federation.wire.messages import TrainMetrics
 from federation.wire.terms import Spent
 
@@ -28,7 +28,7 @@ _KEY = "fedge"
 _MODE = 0o600
 
 
-class Training(Wire, frozen=True):
+class Training(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
     """Of which round, and what is told of it.
 
     Attributes:

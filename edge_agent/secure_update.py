@@ -21,7 +21,7 @@ from edge_agent.identities import Identities
 from edge_agent.session import Event, MasksReady, WorkFailed
 from federation.errors import ConfigError, FedgeError, PeerError, Rejection
 from federation.files import write_whole
-from federation.wire.fields import Attempt, RoundNumber, RunId, Wire
+from federation.wire.fields import Attempt, RoundNumber, RunId
 from federation.wire.masking import (
     Agreement,
     Agreements,
@@ -51,7 +51,7 @@ REPEAT_S = 2.0
 """After so long without an answer a message is sent once more."""
 
 
-class Opened(Wire, frozen=True):
+class Opened(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
     """Of which sum this device has let go of shares.
 
     Attributes:

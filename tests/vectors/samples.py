@@ -6,7 +6,7 @@ from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 from numpy.typing import NDArray
 
 from federation.errors import Rejection
-from federation.wire import codec, fields, messages, signing, terms, transfer
+from federation.wire import codec, fields, masking, messages, signing, terms, transfer
 
 KEY = Ed25519PrivateKey.from_private_bytes(bytes(range(32)))
 RUN = "0123456789abcdef"
@@ -71,7 +71,47 @@ PLAN = messages.RoundPlan(
     upload_chunk_bytes=98304,
 )
 
+KEYS = masking.MaskingKeys(
+    run=RUN,
+    round=3,
+    attempt=2,
+    base=VERSION,
+    mask=bytes(32),
+    seal=bytes(range(32)),
+    seed_commitment=b"c" * 32,
+)
+AGREEMENT = masking.Agreement(run=RUN, round=3, attempt=2, digest=b"d" * 32)
+
+
+def signed(message: fields.Wire, purpose: signing.Purpose) -> bytes:
+    """As device pi1 signs it."""
+    return signing.seal(message, purpose=purpose, federation="home", sender="pi1", key=KEY)
+
+
+IDENTITY = KEY.public_key().public_bytes_raw()
+MASKING: dict[str, fields.Wire] = {
+    "masking_keys": KEYS,
+    "masking_roster": masking.Roster(
+        run=RUN,
+        round=3,
+        attempt=2,
+        names=("pi1", "pi2"),
+        members={"pi1": masking.Member(identity=IDENTITY, keys=signed(KEYS, signing.Purpose.MASKING_KEYS))},
+    ),
+    "masking_shares": masking.SealedShares(run=RUN, round=3, attempt=2, sealed={"pi2": b"s" * 82}),
+    "masking_survivors": masking.Survivors(run=RUN, round=3, attempt=2, names=("pi1", "pi2")),
+    "masking_agreement": AGREEMENT,
+    "masking_agreements": masking.Agreements(
+        run=RUN, round=3, attempt=2, signed={"pi1": signed(AGREEMENT, signing.Purpose.MASKING_AGREEMENT)}
+    ),
+    "masking_reveal": masking.Reveal(
+        run=RUN, round=3, attempt=2, seeds={"pi1": b"b" * 33}, keys={"pi2": b"k" * 33}
+    ),
+}
+"""Messages of secure aggregation, all of which travel in envelopes."""
+
 MSGPACK: dict[str, fields.Wire] = {
+    **MASKING,
     "round_plan": PLAN,
     "private_plan": msgspec.structs.replace(PLAN, privacy=TERMS),
     "idle_plan": messages.IdlePlan(

@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 from samples import JSON, KEY, LOSSY, MSGPACK, OFFER, TENSORS, lossy_tensors, vectors
 
-from federation.wire import codec, messages, signing, terms
+from federation.wire import codec, masking, messages, signing, terms
 from federation.wire.encodings import ENCODINGS, RAW, ZERO, encoding_named
 from federation.wire.fields import Wire
 
@@ -30,8 +30,8 @@ def structs_in(value: Any) -> Iterator[type]:
         yield type(value)
         for field in type(value).__struct_fields__:
             yield from structs_in(getattr(value, field))
-    elif isinstance(value, tuple):
-        for item in value:
+    elif isinstance(value, tuple | dict):
+        for item in value.values() if isinstance(value, dict) else value:
             yield from structs_in(item)
 
 
@@ -98,5 +98,6 @@ def header_of(frame: bytes) -> Any:
 
 def test_every_message_has_a_sample() -> None:
     sampled = {kind for message in (*MSGPACK.values(), *JSON.values()) for kind in structs_in(message)}
-    kinds = Wire.__subclasses__()
-    assert sampled == {kind for kind in kinds if kind.__module__ in {messages.__name__, terms.__name__}}
+    kinds = {*Wire.__subclasses__(), *masking.MaskingMessage.__subclasses__()} - {masking.MaskingMessage}
+    modules = {messages.__name__, terms.__name__, masking.__name__}
+    assert sampled == {kind for kind in kinds if kind.__module__ in modules}

@@ -19,7 +19,7 @@ from aggregator.accounts import Account, rights
 from aggregator.config import AggregatorConfig
 from federation.config import describe
 from federation.errors import ExitCode, Rejection
-from federation.wire import messages
+from federation.wire import masking, messages
 from federation.wire.encodings import ENCODINGS, RAW, ZERO, encoding_named
 from federation.wire.signing import Envelope
 from federation.wire.topics import Topics
@@ -142,6 +142,8 @@ def test_the_protocol_names_every_code_and_encoding() -> None:
         messages.Telemetry,
         messages.AgentState,
         messages.AggregatorState,
+        masking.Member,
+        *masking.MaskingMessage.__subclasses__(),
     ],
     ids=lambda kind: kind.__name__,
 )
