@@ -59,6 +59,8 @@ def verdict(findings: Findings) -> tuple[str, str, str]:
                 "as private; look for what trains without clipping or noise, or for data that is used outside the accounting."
             ),
         )
+    if claimed is not None and bound is None:
+        return _verdict_without_coins(claimed, strongest)
     if claimed is not None:
         shown = "no leak" if bound is None or not bound.epsilon else f"epsilon {bound.epsilon:.2f} at least"
         text = (
@@ -86,6 +88,24 @@ def verdict(findings: Findings) -> tuple[str, str, str]:
         "warn",
         "These attacks found little, and nothing is promised.",
         "Without differential privacy a better attack may find more: this is no guarantee.",
+    )
+
+
+def _verdict_without_coins(claimed: float, strongest: float) -> tuple[str, str, str]:
+    """Of a model that was trained before: no bound follows from any attack, however well it does."""
+    if strongest > NEARLY_GUESSING:
+        return (
+            "warn",
+            f"The model seems to tell who was in its training data, although epsilon {claimed:.3g} is claimed.",
+            (
+                "Either the claim is wrong, or members and strangers differ for another reason. Audit a fresh run with the same settings: "
+                "there coins decide, and a bound follows."
+            ),
+        )
+    return (
+        "good",
+        f"The attacks found nothing that contradicts epsilon {claimed:.3g}.",
+        "They did hardly better than guessing. That proves nothing about other attacks: audit a fresh run for a bound.",
     )
 
 

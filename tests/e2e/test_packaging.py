@@ -111,7 +111,7 @@ def test_the_export_names_its_extra(scripts: Path, model: Path) -> None:
     assert_names_extra(done, "fedge[aggregator]")
 
 
-@pytest.mark.parametrize("program", ["aggregator", "edge-agent", "model-export"])
+@pytest.mark.parametrize("program", ["aggregator", "edge-agent", "model-export", "privacy"])
 def test_help_works_without_extras(scripts: Path, program: str) -> None:
     done = run(scripts / program, "--help")
     assert done.returncode == 0, done.stderr

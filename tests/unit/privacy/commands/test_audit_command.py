@@ -102,7 +102,8 @@ def test_the_report_stands_by_itself_and_escapes_what_comes_from_outside() -> No
         (2.0, 2.5, "bad", "The protection is broken"),
         (None, 3.4, "warn", "tells who was in its training data"),
         (None, 0.0, "warn", "tells who was in its training data"),
-        (2.0, None, "good", "no leak"),
+        (2.0, 0.0, "good", "no leak"),
+        (2.0, None, "warn", "Either the claim is wrong"),
     ],
 )
 def test_the_verdict(claimed: float | None, bound: float | None, kind: str, words: str) -> None:
