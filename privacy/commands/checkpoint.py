@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from pathlib import Path
 
-import msgspec
 import numpy as np
 
 from federation.errors import ConfigError
@@ -75,7 +74,7 @@ def attack_checkpoint(
         )
     ]
     if reference:
-        second = build(msgspec.structs.replace(task), seed=seed + 1)
+        second = build(task, seed=seed + 1)
         known_to_them = Samples(outside, other, outside.labels[other])
         fit(second, known_to_them.batch, len(known_to_them), train, random)
         scores = np.concatenate([answers(second, each.batch, len(each)).losses for each in asked]) - losses
