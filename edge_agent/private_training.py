@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 import psutil
 
+from edge_agent.fixed_features import Samples
 from edge_agent.optimizers import make_optimizer
 from edge_agent.training import Cancelled, Fitted, TrainingError, require_finite
 from federation.wire.messages import TrainSpec
@@ -19,12 +20,10 @@ from privacy.errors import TermsError
 if TYPE_CHECKING:
     from torch import nn
 
-    from federation.task.images import ImageData
-
 
 def fit(
     model: nn.Module,
-    data: ImageData,
+    data: Samples,
     spec: TrainSpec,
     private: PrivateRound,
     device: str,
@@ -34,7 +33,7 @@ def fit(
 
     Args:
         model: In training mode, on ``device``; changed in place.
-        data: The local images.
+        data: The local images, or features of them.
         spec: Optimizer and learning rate; steps and batches are those of ``private``.
         private: What was paid for.
         device: Where to train.

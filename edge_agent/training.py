@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 import structlog
 
+from edge_agent.fixed_features import FixedFeatures, Samples, compute, split
 from edge_agent.machine import cpu_threads, give_back_memory, pick_device
 from edge_agent.optimizers import make_optimizer
 from federation.errors import FedgeError
@@ -75,7 +76,7 @@ class TorchTrainer:
         data_spec: The device's images (``federation.task.data``).
         device: ``cpu``, ``cuda``, ``cuda:1``, ``mps``, or ``auto`` for the fastest that is there.
         threads: CPU threads; 0 leaves it to PyTorch.
-        memory_limit_mb: MiB of decoded images that are kept in memory.
+        memory_limit_mb: MiB of decoded images that are kept in memory, and of features that a fixed part of a model made of them.
         allow_single_class: Accept images of one class only.
 
     Raises:
@@ -102,6 +103,7 @@ class TorchTrainer:
         self._ready = False
         self._opened: tuple[TaskSpec, ImageData] | None = None
         self._built: tuple[TaskSpec, nn.Module, dict[str, torch.Tensor]] | None = None
+        self._features: FixedFeatures | None = None
 
     @property
     def device_name(self) -> str:
@@ -180,11 +182,12 @@ class TorchTrainer:
             load_arrays(model, base)
             seed = round_seed(plan, agent)
             torch.manual_seed(seed)
+            learner, samples = self._learner(model, data, cancelled)
             if private is None:
-                fitted = self._fit(model, data, plan.train, np.random.default_rng(seed), cancelled)
+                fitted = self._fit(learner, samples, plan.train, np.random.default_rng(seed), cancelled)
                 delta = _difference(model, base)
             else:
-                fitted = private_training.fit(model, data, plan.train, private, self._device, cancelled)
+                fitted = private_training.fit(learner, samples, plan.train, private, self._device, cancelled)
                 delta = _difference(model, base)
                 private_training.refuse_statistics(model, delta)
             train_s = time.monotonic() - began
@@ -232,7 +235,7 @@ class TorchTrainer:
     def _fit(
         self,
         model: nn.Module,
-        data: ImageData,
+        data: Samples,
         spec: TrainSpec,
         random: np.random.Generator,
         cancelled: Callable[[], bool],
@@ -277,11 +280,27 @@ class TorchTrainer:
         require_finite(model, spec)
         return Fitted(steps, {"loss": round(loss, 4)}, loss, accuracy)
 
+    def _learner(
+        self, model: nn.Module, data: ImageData, cancelled: Callable[[], bool]
+    ) -> tuple[nn.Module, Samples]:
+        """The part of the model that learns, and what it learns from: images, or what a fixed part made of them."""
+        parts = split(model)
+        if parts is None:
+            return model, data
+
+        def go_on() -> None:
+            if cancelled():
+                raise Cancelled
+
+        if self._features is None:
+            self._features = compute(parts[0], data, self._device, self._memory_limit_mb << 20, go_on)
+        return (model, data) if self._features is None else (parts[1], self._features)
+
     def _data(self, task: TaskSpec) -> ImageData:
         from federation.task.data import open_data
 
         if self._opened is None or self._opened[0] != task:
-            self._opened = None  # frees the old images before the new ones come
+            self._opened = self._features = None  # frees the old images before the new ones come
             data = open_data(
                 self._spec,
                 task,

@@ -55,14 +55,15 @@ def scattering(task: TaskSpec) -> nn.Module:
     head = nn.Linear(maps * down * right, len(task.labels))
     nn.init.zeros_(head.weight)
     nn.init.zeros_(head.bias)
-    return nn.Sequential(
+    features = nn.Sequential(
         OrderedDict[str, nn.Module](
             scattering=_features(),
             norm=nn.GroupNorm(maps // _GROUP_MAPS, maps, affine=False),
             flatten=nn.Flatten(),
-            head=head,
         )
     )
+    vars(features)["fixed"] = True  # a trainer may compute them once for all rounds
+    return nn.Sequential(OrderedDict[str, nn.Module](features=features, head=head))
 
 
 def morlet(scale: int, angle: float, reach: int) -> tuple[Tensor, Tensor]:

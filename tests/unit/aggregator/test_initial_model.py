@@ -2,12 +2,14 @@ import subprocess
 import sys
 from pathlib import Path
 
+import msgspec
 import pytest
 
 from aggregator.initial_model import build_apart, build_here
 from federation.errors import ConfigError
-from federation.task.checkpoint import CheckpointInfo, read_checkpoint
+from federation.task.checkpoint import CheckpointInfo, checkpoint_bytes, read_checkpoint
 from federation.task.data import task_from_data
+from federation.task.models import build, state_arrays
 
 APART = """
 import sys
@@ -27,6 +29,15 @@ print("a plug-in may print")
 
 def tiny(task):
     return nn.Sequential(nn.Flatten(), nn.Linear(task.channels * task.height * task.width, len(task.labels)))
+"""
+
+
+CIRCULAR = """
+from torch import nn
+
+
+def circular(task):
+    return nn.Sequential(nn.Flatten(2), nn.Conv1d(1, 2, 3, padding=1, padding_mode="circular"), nn.Flatten(), nn.Linear(128, 10))
 """
 
 
@@ -64,3 +75,22 @@ def test_a_defect_keeps_its_traceback(tmp_path: Path, monkeypatch: pytest.Monkey
     monkeypatch.syspath_prepend(tmp_path)
     with pytest.raises(RuntimeError, match="ended with 9"):
         build_apart(info("cnn"), 0)
+
+
+def test_a_model_that_devices_cannot_train_privately_is_told_at_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "odd_models.py").write_text(CIRCULAR)
+    monkeypatch.syspath_prepend(tmp_path)
+    ready = msgspec.structs.replace(info("odd_models:circular").task, dp_ready=True)
+
+    with pytest.raises(ConfigError, match=r"privacy.sample: the layer '1'.*'circular'"):
+        build_here(CheckpointInfo(federation="f", round=0, task=ready), 0)
+
+
+def test_a_private_run_begins_with_the_model_that_devices_build() -> None:
+    task = msgspec.structs.replace(task_from_data("digits", "cnn"), dp_ready=True)
+
+    assert build_here(CheckpointInfo(federation="f", round=0, task=task), 7) == checkpoint_bytes(
+        CheckpointInfo(federation="f", round=0, task=task), state_arrays(build(task, seed=7))
+    )

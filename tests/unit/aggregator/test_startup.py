@@ -1,10 +1,14 @@
 """aggregator.startup: settings that cannot work are refused before anything is written."""
 
+from pathlib import Path
+
 import msgspec
 import pytest
 
-from aggregator.config import AggregatorConfig, RoundsConfig
-from aggregator.startup import check
+from aggregator.config import AggregatorConfig, RoundsConfig, TaskConfig
+from aggregator.privacy_config import PrivacyConfig, SampleConfig
+from aggregator.startup import check, settle_task
+from aggregator.store import Store
 from federation.errors import ConfigError
 
 
@@ -43,3 +47,16 @@ def test_settings_that_cannot_work_are_refused_with_the_key_and_the_value(
 def test_numbers_out_of_range_are_refused(settings: dict[str, object]) -> None:
     with pytest.raises(msgspec.ValidationError):
         msgspec.convert(settings, AggregatorConfig)
+
+
+def test_the_model_of_a_private_run_is_made_for_it(tmp_path: Path) -> None:
+    plain = AggregatorConfig(task=TaskConfig(data="digits"))
+    private = msgspec.structs.replace(plain, privacy=PrivacyConfig(sample=SampleConfig(epsilon=3.0)))
+    with Store(tmp_path / "plain", "f", create=True) as store:
+        assert not settle_task(plain, store).dp_ready
+        with pytest.raises(ConfigError, match=r"privacy.sample is on, but .* was begun without it"):
+            settle_task(private, store)
+    with Store(tmp_path / "private", "f", create=True) as store:
+        assert settle_task(private, store).dp_ready
+        assert settle_task(private, store).dp_ready, "after a restart"
+        assert settle_task(plain, store).dp_ready, "the model stays what it was"

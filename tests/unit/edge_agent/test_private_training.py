@@ -220,3 +220,19 @@ sys.exit("torch._dynamo" in sys.modules)
 """
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
+
+
+def test_what_a_fixed_part_makes_of_images_is_computed_once() -> None:
+    task = ready("scattering")
+    kept = TorchTrainer(SHARE, device="cpu", threads=1)
+    never_kept = TorchTrainer(SHARE, device="cpu", threads=1, memory_limit_mb=0)
+    plain = msgspec.structs.replace(make_plan(task, learning_rate=0.5), privacy=PrivacyTerms())
+    first = train(plain, None, kept).delta
+    for name, change in train(plain, None, never_kept).delta.items():
+        np.testing.assert_allclose(first[name], change, atol=1e-5)
+
+    assert kept._features is not None
+    features = kept._features
+    assert same(train(plain, None, kept).delta, first)
+    assert kept._features is features
+    assert never_kept._features is None

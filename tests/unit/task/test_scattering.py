@@ -42,7 +42,7 @@ def test_wavelets_sum_to_zero_and_answer_to_their_own_wave(scale: int) -> None:
 
 
 def test_a_shift_of_the_image_moves_features_little(new_task: NewTask) -> None:
-    features = build(new_task("scattering")).get_submodule("scattering")
+    features = build(new_task("scattering")).get_submodule("features.scattering")
     image = torch.zeros(1, 1, 28, 28)
     image[0, 0, 8:20, 12:16] = 1.0
     shifted, turned = image.roll(1, dims=3), image.transpose(2, 3)
