@@ -23,7 +23,7 @@ from federation.wire.codec import Schema, schema_of
 from federation.wire.masking import scale_of_terms
 from federation.wire.messages import RoundPlan
 from federation.wire.terms import SecAggTerms
-from privacy.distributed import affordable, epsilon_of, noise_multiplier_for
+from privacy.distributed import affordable, epsilon_of, epsilon_rdp, noise_multiplier_for, within
 from privacy.rounded_sum import NoisySum
 
 log = structlog.get_logger()
@@ -194,7 +194,7 @@ class MaskedNoise:
         known = [row for row in opened if (row.run, row.round) == here]
         if known and _price(known[0].sum, terms) >= _price(cost, terms):
             return
-        if epsilon_of([*(row.sum for row in others), cost], terms.delta) > terms.epsilon:
+        if not within([*(row.sum for row in others), cost], terms.delta, terms.epsilon):
             raise BudgetExhaustedError(
                 f"round {plan.round} would exceed privacy.secagg.epsilon = {terms.epsilon:g} at delta {terms.delta:g}"
             )
@@ -251,7 +251,7 @@ def noisy_sum(terms: SecAggTerms, schema: Schema, cohort: int) -> NoisySum:
 
 
 def _price(each: NoisySum, terms: SecAggTerms) -> float:
-    return epsilon_of([each], terms.delta)
+    return epsilon_rdp([each], terms.delta)
 
 
 def paid_rounds(store: Store) -> list[PaidRound]:

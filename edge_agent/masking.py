@@ -10,7 +10,7 @@ from federation.errors import ConfigError
 from federation.wire.codec import Schema, schema_of
 from federation.wire.masking import masked_encoding, scale_of
 from federation.wire.messages import RoundPlan
-from privacy.distributed import epsilon_of, share_variance
+from privacy.distributed import epsilon_of, share_variance, within
 from privacy.rounded_sum import NoisySum
 from privacy.secagg.masks import MaskPlan
 from privacy.skellam import MAX_VARIANCE, Skellam, keystream
@@ -41,8 +41,8 @@ def check_promise(plan: RoundPlan, schema: Schema) -> None:
         step=scale.step,
         largest=scale.largest,
     )
-    spent = epsilon_of({each: plan.round}, terms.delta)
-    if spent > ROUNDING_OF_EARLIER_ROUNDS * terms.epsilon:
+    if not within({each: plan.round}, terms.delta, ROUNDING_OF_EARLIER_ROUNDS * terms.epsilon):
+        spent = epsilon_of({each: plan.round}, terms.delta)
         raise TermsUnfitError(
             f"the plan promises epsilon {terms.epsilon:g} at delta {terms.delta:g}, but {plan.round} rounds with its noise "
             f"multiplier {terms.noise_multiplier:g} make {spent:.3g}: this device takes no part"

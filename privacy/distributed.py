@@ -11,16 +11,20 @@ Devices that tell the aggregator what they have added take their noise away from
 from bisect import bisect_left
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping
-from math import ceil, floor, log10, sqrt
+from math import ceil, floor, inf, log10, sqrt
 from typing import Final
 
 import numpy as np
 
 from privacy.errors import TermsError
 from privacy.rounded_sum import ORDERS, NoisySum, divergences
+from privacy.saddle_point import tighter_epsilon
 
 _MAX_NOISE: Final = 1e4
 """In units of the clip norm; more drowns any update."""
+
+_AT_LEAST: Final = 0.85
+"""Share of the noise by the faster bound that the tighter one needs."""
 
 
 def least_agents(agents: int, dropouts: float) -> int:
@@ -61,29 +65,44 @@ def share_variance(
 
 
 def epsilon_of(rounds: Iterable[NoisySum] | Mapping[NoisySum, int], delta: float) -> float:
-    """Epsilon of all rounds together.
+    """Epsilon of all rounds together: the figure to report, a tenth of a second for each new kind of round.
 
     Args:
-        rounds: In any order, or how many there are of each. Devices need not take part in all; no amplification by sampling is claimed.
+        rounds: In any order, or how many there are of each. Devices need not take part in all; no amplification by sampling
+            is claimed.
         delta: In (0, 1).
 
     Returns:
-        An upper bound, by Renyi differential privacy; 0 for no rounds.
+        An upper bound, never above :func:`epsilon_rdp`; 0 for no rounds.
 
     Raises:
         ValueError: If delta is out of its range.
     """
+    counts = Counter(rounds)
+    by_rdp = epsilon_rdp(counts, delta)
+    return tighter_epsilon(counts, delta, by_rdp) if 0 < by_rdp < inf else by_rdp
+
+
+def epsilon_rdp(rounds: Iterable[NoisySum] | Mapping[NoisySum, int], delta: float) -> float:
+    """The same by Renyi differential privacy: faster, and 8 % more."""
     from dp_accounting.rdp import compute_epsilon
 
     if not 0 < delta < 1:
         raise ValueError(f"delta {delta} must be in (0, 1)")
     total = np.zeros(len(ORDERS))
     for each, times in Counter(rounds).items():
-        total += times * divergences(each)
+        if times:
+            total += times * divergences(each)
     if not total.any():
         return 0.0
     usable = np.isfinite(total)
     return float(compute_epsilon(np.array(ORDERS)[usable], total[usable], delta)[0])
+
+
+def within(rounds: Iterable[NoisySum] | Mapping[NoisySum, int], delta: float, epsilon: float) -> bool:
+    """Whether rounds stay within a limit: the faster bound is asked first, and the tighter one only if that says no."""
+    counts = Counter(rounds)
+    return epsilon_rdp(counts, delta) <= epsilon or epsilon_of(counts, delta) <= epsilon
 
 
 def affordable(
@@ -104,7 +123,7 @@ def affordable(
     spent = Counter(so_far)
 
     def fits(more: int) -> bool:
-        return epsilon_of(spent + Counter({each: more}), delta) <= epsilon
+        return within(spent + Counter({each: more}), delta, epsilon)
 
     if at_most <= 0 or fits(at_most):
         return max(0, at_most)
@@ -112,7 +131,7 @@ def affordable(
 
 
 def noise_multiplier_for(
-    epsilon: float, delta: float, rounds: int, sum_with: Callable[[float], NoisySum], digits: int = 4
+    epsilon: float, delta: float, rounds: int, sum_with: Callable[[float], NoisySum], digits: int = 3
 ) -> float:
     """The least noise with which so many rounds stay within epsilon.
 
@@ -126,24 +145,25 @@ def noise_multiplier_for(
     Raises:
         TermsError: If no noise is enough.
     """
-
-    def fits(noise: float) -> bool:
-        return epsilon_of({sum_with(noise): rounds}, delta) <= epsilon
-
     high = 1.0
-    while not fits(high):
+    while epsilon_rdp({sum_with(high): rounds}, delta) > epsilon:
         high *= 2
         if high > _MAX_NOISE:
             raise TermsError(
                 f"{rounds} rounds do not stay within epsilon {epsilon:g} at delta {delta:g} with any noise up to "
                 f"{_MAX_NOISE:g} clip norms: allow a larger epsilon or fewer rounds"
             )
-    low = high / 2
-    while fits(low):
-        low, high = low / 2, low
-    while high / low > 1 + 10.0**-digits:
-        middle = sqrt(low * high)
-        low, high = (low, middle) if fits(middle) else (middle, high)
+
+    def least(fits: Callable[[float], bool], low: float, high: float) -> float:
+        while fits(low):
+            low, high = low / 2, low
+        while high / low > 1 + 10.0**-digits:
+            middle = sqrt(low * high)
+            low, high = (low, middle) if fits(middle) else (middle, high)
+        return high
+
+    # The faster bound brings it near: the tighter one needs up to a tenth less noise.
+    near = least(lambda noise: epsilon_rdp({sum_with(noise): rounds}, delta) <= epsilon, high / 2, high)
+    high = least(lambda noise: within({sum_with(noise): rounds}, delta, epsilon), _AT_LEAST * near, near)
     unit = 10.0 ** (floor(log10(high)) + 1 - digits)
-    noise = ceil(high / unit) * unit
-    return float(f"{noise if fits(noise) else noise + unit:.{digits - 1}e}")
+    return float(f"{ceil(high / unit) * unit:.{digits - 1}e}")

@@ -111,7 +111,7 @@ def divergences(each: NoisySum) -> NDArray[np.float64]:
     """
     limit = max(_MODERATE_ORDER, _ORDERS_PER_NOISE * each.noise / each.norm)
     orders = np.array([order for order in ORDERS if order <= limit])
-    law = _Shifts(each, orders)
+    law = Shifts(each, orders)
     worst = np.zeros(law.exponents.size)
     below = law.exponents * (law.exponents - 1) / 2 * law.square_of_ratio()
     for a, c in pairwise(np.linspace(0, min(each.largest, 1.0), _CELLS + 1)):
@@ -119,7 +119,7 @@ def divergences(each: NoisySum) -> NDArray[np.float64]:
         highest = np.maximum(below, above)
         worst = np.maximum(worst, np.log1p(a**2 * highest) / a**2 if a else highest)
         below = above
-    for a, c in pairwise(_edges_beyond_one(each.largest)):
+    for a, c in pairwise(edges_beyond_one(each.largest)):
         below, above = law.log_moments(a), law.log_moments(c)
         slope = np.maximum(below / a**2, above / c**2)
         cell = slope * (1 + (c - a) ** 2 / (4 * a**2)) + (above - below) ** 2 / (8 * a**2)
@@ -131,7 +131,7 @@ def divergences(each: NoisySum) -> NDArray[np.float64]:
     return result
 
 
-class _Shifts:
+class Shifts:
     """The law of the noise, and moments of its ratio to itself, shifted and rounded.
 
     Args:
@@ -140,11 +140,12 @@ class _Shifts:
 
     Attributes:
         exponents: The orders a, then 1 - a for each.
+        noise: Deviation of P.
     """
 
     def __init__(self, each: NoisySum, orders: NDArray[np.float64]) -> None:
         self.exponents = np.concatenate((orders, 1 - orders))
-        self._variance, self._shift = each.noise**2, ceil(each.largest) + 1
+        self.noise, self._shift = each.noise, ceil(each.largest) + 1
         # P^(1 - a) P(. - x)^a is a bell around a x.
         self._reach = ceil(orders[-1] * self._shift + _TAIL * each.noise) + ceil(_TAIL)
         self._tabulate()
@@ -163,7 +164,7 @@ class _Shifts:
         return np.asarray(peaks + np.log(np.exp(terms - peaks[:, np.newaxis]).sum(axis=1)))
 
     def _tabulate(self) -> None:
-        half = log_pmf(self._variance, self._reach + self._shift)
+        half = log_pmf(self.noise**2, self._reach + self._shift)
         self._logs = np.concatenate((half[:0:-1], half))
 
     def _at(self, shift: int) -> NDArray[np.float64]:
@@ -171,13 +172,18 @@ class _Shifts:
         start = self._shift - shift
         return self._logs[start : start + 2 * self._reach + 1]
 
-    def _terms(self, x: float) -> NDArray[np.float64]:
+    def log_ratios(self, x: float) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+        """``log P(k)`` and ``log P_x(k) / P(k)``, for all k in the table."""
         whole = floor(x)
         shifted = self._at(whole)
         if x > whole:
             part = x - whole
             shifted = np.logaddexp(np.log1p(-part) + shifted, log(part) + self._at(whole + 1))
-        return self._at(0) + self.exponents[:, np.newaxis] * (shifted - self._at(0))
+        return self._at(0), shifted - self._at(0)
+
+    def _terms(self, x: float) -> NDArray[np.float64]:
+        base, ratios = self.log_ratios(x)
+        return base + self.exponents[:, np.newaxis] * ratios
 
     def _cut_off(self, x: float) -> bool:
         """Whether what lies beyond the table might count."""
@@ -186,7 +192,7 @@ class _Shifts:
         return bool((ends > terms.max(axis=1) + log(_NEGLIGIBLE)).any())
 
 
-def _edges_beyond_one(largest: float) -> list[float]:
+def edges_beyond_one(largest: float) -> list[float]:
     """From 1 to ``largest``, all whole numbers between them, and so many more that a cell is short against its place."""
     edges = [1.0] if largest > 1 else []
     for whole in range(1, ceil(largest)):

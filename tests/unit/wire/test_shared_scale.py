@@ -233,7 +233,7 @@ def test_a_training_that_diverged_is_refused(bad: float) -> None:
         scale.integers(update, SEED)
 
 
-@settings(max_examples=60)
+@settings(max_examples=60, deadline=None)
 @given(
     shapes=st.lists(st.lists(st.integers(0, 12), max_size=3), min_size=1, max_size=4),
     bits=st.sampled_from([16, 32]),
