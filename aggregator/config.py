@@ -20,7 +20,7 @@ class TaskConfig(Table, frozen=True):
     """What is learned.
 
     Attributes:
-        model: "cnn", a torchvision classification model such as "mobilenet_v3_small", or "package.module:factory".
+        model: "cnn", "scattering" (for privacy.sample), a torchvision classification model such as "mobilenet_v3_small", or "package.module:factory".
         data: What the agents hold, to derive labels and image size from: "mnist", "cifar10", "digits", or a data set at hand such as "imagefolder:PATH". Empty: derived from holdout.
         holdout: Data set on which each round's model is evaluated here, e.g. "mnist:PATH". Empty: no evaluation.
         labels: Class names, when they cannot be derived from data.

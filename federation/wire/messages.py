@@ -79,7 +79,7 @@ class TaskSpec(Wire, frozen=True):
     """What is learned: enough for an agent to build the model and to bring its images into shape.
 
     Attributes:
-        model: ``cnn``, a torchvision classification model's name, or ``package.module:factory``.
+        model: ``cnn``, ``scattering``, a torchvision classification model's name, or ``package.module:factory``.
         labels: Class names; the index in this tuple is the class.
         channels: 1 (grey) or 3 (RGB); a plug-in data set may use others.
         height: Pixels.
