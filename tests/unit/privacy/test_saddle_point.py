@@ -19,6 +19,7 @@ def exact_epsilon(parts: dict[float, int], noise: float) -> float:
     """Of an update that has so many coordinates of each magnitude, composed by privacy loss distributions, both directions."""
     ks, v = np.arange(-int(9 * noise), int(9 * noise) + 1), noise**2 / 2
     zero = skellam.logpmf(ks, v, v)
+    width = 2e-5 * min(1.0, 2500 / sum(parts.values()))  # it rounds each loss up by half of that
     total = None
     for x, count in parts.items():
         whole, part = int(x), x - int(x)
@@ -27,7 +28,7 @@ def exact_epsilon(parts: dict[float, int], noise: float) -> float:
         loss = pld.from_two_probability_mass_functions(
             dict(zip(ks.tolist(), zero, strict=True)),
             dict(zip(ks.tolist(), shifted, strict=True)),
-            value_discretization_interval=2e-5,
+            value_discretization_interval=width,
             symmetric=False,
         ).self_compose(count)
         total = loss if total is None else total.compose(loss)
