@@ -279,11 +279,12 @@ class SecureRounds:
         attempt = self._running()
         if attempt is None:
             return []
+        events = self._happened(What.TICK, "", now)
         if attempt.unanswered and now >= attempt.repeat_at:
             attempt.repeat_at = now + REPEAT_S
             for agent in sorted(attempt.unanswered):
                 self._send(agent, attempt.said[agent])
-        return self._happened(What.TICK, "", now)
+        return events
 
     def next_wakeup(self) -> float | None:
         """When :meth:`tick` is due, monotonic seconds."""
