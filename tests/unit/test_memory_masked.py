@@ -2,9 +2,12 @@
 
 import numpy as np
 import pytest
-from masked_federation import Recorder, at_message, check_sums, masked, vanish
-from memory_federation import PATIENCE_S, Start, TinyTrainer, base_arrays, eventually
+from masked_federation import Recorder, at_message, check_sums, kind_of, masked, vanish
+from memory_federation import NAME, PATIENCE_S, Start, TinyTrainer, base_arrays, eventually
 from memory_link import Weather
+
+from federation.wire.masking import Reveal, body_up
+from federation.wire.topics import Topics
 
 
 @pytest.fixture
@@ -135,3 +138,69 @@ def test_bad_weather_changes_nothing(federation: Start, recorder: Recorder) -> N
     _, served = fleet.serve()
     assert served.result(PATIENCE_S) is True
     check_sums(fleet, recorder, {1: fleet.names})
+
+
+def test_nothing_that_the_aggregator_received_or_stored_contains_an_agents_integers(
+    federation: Start, recorder: Recorder
+) -> None:
+    fleet = masked(federation(6, **SIX), min_agents=4)
+    vanish(fleet, ["pi4"], "offer")
+    service, served = fleet.serve()
+    # It stops with most reveals on its disk: never again does it know as much of single agents.
+    at_message(fleet, "reveal", 5, service.stop)
+    for name in fleet.names:
+        fleet.join(name, TinyTrainer())
+    assert served.result(PATIENCE_S) is False
+    files = [path.read_bytes() for path in (fleet.folder / "server").rglob("*") if path.is_file()]
+    _, again = fleet.serve()
+    assert again.result(PATIENCE_S) is True
+    others = [name for name in fleet.names if name != "pi4"]
+    check_sums(fleet, recorder, {1: others})
+    with fleet.store() as store:
+        updates = store.updates(1)
+    received = [
+        payload for _, topic, payload in fleet.broker.log if "/up/" in topic or topic.endswith("/state")
+    ]
+    files += [path.read_bytes() for path in (fleet.folder / "server").rglob("*") if path.is_file()]
+    held = [*received, *files]
+    assert any(b"\x00masked" in data or b"masked:16" in data for data in held), (
+        "it is looked where it would be"
+    )
+    assert len(recorder.plain) == 6
+    for plain in recorder.plain.values():
+        whole = plain.tobytes()
+        windows = [whole[at : at + 24] for at in range(0, len(whole) - 24, 2)]
+        for data in held:
+            assert not any(window in data for window in windows if len(set(window)) > 6)
+    for name in others:
+        assert updates[name].samples == 1
+        assert updates[name].metrics.loss is None
+        assert updates[name].metrics.accuracy is None
+    bodies = [
+        body_up(payload) for _, topic, payload in fleet.broker.log if kind_of(topic, payload) == "reveal"
+    ]
+    reveals = [body for body in bodies if isinstance(body, Reveal)]
+    seeds = {owner for reveal in reveals for owner in reveal.seeds}
+    keys = {owner for reveal in reveals for owner in reveal.keys}
+    assert (seeds, keys) == (set(others), {"pi4"}), "never both secrets of one agent"
+
+
+def test_what_is_sent_looks_like_noise(federation: Start, recorder: Recorder) -> None:
+    fleet = masked(federation(3, count=1), min_agents=2)
+    for name in fleet.names:
+        fleet.join(name, TinyTrainer())
+    _, served = fleet.serve()
+    assert served.result(PATIENCE_S) is True
+    chunks: dict[str, bytes] = {}
+    for _, topic, payload in fleet.broker.log:
+        parsed = Topics(NAME).parse_agent(topic)
+        if parsed is not None and parsed.kind == "chunk":
+            chunks[parsed.sha256] = chunks.get(parsed.sha256, b"") + payload
+    assert set(chunks) == set(recorder.plain)
+    for digest, data in chunks.items():
+        sent, plain = np.frombuffer(data, "<u2"), recorder.plain[digest]
+        assert abs(np.corrcoef(sent, plain.astype("<i2"))[0, 1]) < 0.15
+        assert abs(sent.mean() / 2**16 - 0.5) < 0.05
+        # Differences of two agents' updates are noise as well: no mask is used twice.
+    one, other, _ = (np.frombuffer(data, "<u2") for data in chunks.values())
+    assert np.unique(one - other).size > 0.9 * one.size
