@@ -124,27 +124,42 @@ class Journal:
             raise disk_error(error, self._path) from error
 
     def _read(self) -> None:
-        whole, at = self._path.read_bytes(), 0
-        while len(whole) - at >= _PREFIX.size:
-            length, check = _PREFIX.unpack_from(whole, at)
-            body = whole[at + _PREFIX.size : at + _PREFIX.size + length]
-            if length > _LONGEST or len(body) < length or zlib.crc32(body) != check:
-                break
-            self._take(body)
-            at += _PREFIX.size + length
-        os.ftruncate(self._file, at)
-        os.lseek(self._file, at, os.SEEK_SET)
+        self.plan, self.records, end = read_journal(self._path)
+        os.ftruncate(self._file, end)
+        os.lseek(self._file, end, os.SEEK_SET)
 
-    def _take(self, body: bytes) -> None:
+
+def read_journal(path: Path) -> tuple[RoundPlan | None, list[Record], int]:
+    """Read a journal and change nothing: another process may be writing it.
+
+    Args:
+        path: Of the file.
+
+    Returns:
+        The plan, the events, and where the last whole record ends.
+
+    Raises:
+        ConfigError: If it is of another version.
+    """
+    plan: RoundPlan | None = None
+    records: list[Record] = []
+    whole, at = path.read_bytes(), 0
+    while len(whole) - at >= _PREFIX.size:
+        length, check = _PREFIX.unpack_from(whole, at)
+        body = whole[at + _PREFIX.size : at + _PREFIX.size + length]
+        if length > _LONGEST or len(body) < length or zlib.crc32(body) != check:
+            break
         try:
-            if self.plan is None:
-                self.plan = decode_msgpack(body, RoundPlan)
+            if plan is None:
+                plan = decode_msgpack(body, RoundPlan)
             else:
-                self.records.append(decode_msgpack(body, Record))
+                records.append(decode_msgpack(body, Record))
         except PeerError as error:
             raise ConfigError(
-                f"{self._path} was written by another version of fedge ({error}): delete it, and the round is tried again"
+                f"{path} was written by another version of fedge ({error}): delete it, and the round is tried again"
             ) from error
+        at += _PREFIX.size + length
+    return plan, records, at
 
 
 def journal_path(state: Path, number: int, attempt: int) -> Path:

@@ -11,6 +11,7 @@ import structlog
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey, Ed25519PublicKey
 
 from aggregator.masking_journal import Journal, Record, What, journal_path, sweep
+from aggregator.masking_machine import event_of, server_of
 from aggregator.rounds import AgentOut, Event, SumFailed, Unmasked
 from aggregator.store import Store
 from federation.errors import PeerError, Rejection, TransportError
@@ -27,15 +28,12 @@ from federation.wire.masking import (
     Survivors,
     UpMessage,
     body_up,
-    masking_context,
     unseal_up,
 )
 from federation.wire.messages import RoundPlan
 from federation.wire.signing import AGGREGATOR, Purpose, seal
 from federation.wire.topics import Topics
-from privacy.distributed import least_survivors
 from privacy.secagg import server_messages as machine
-from privacy.secagg.agreement import PublicKeys, Terms, context_of
 from privacy.secagg.errors import RefusedError
 from privacy.secagg.server import Server
 from privacy.secagg.unmask import UnmaskPlan
@@ -127,23 +125,7 @@ class SecureRounds:
         path = journal_path(self._store.folder, plan.round, plan.attempt)
         sweep(self._store.folder, keep=path)
         journal = Journal(path)
-        terms = plan.privacy.secagg
-        assert terms is not None
-        context = context_of(*masking_context(self._topics.federation, plan))
-        server = Server(
-            context,
-            plan.cohort,
-            Terms(
-                min_agents=least_survivors(
-                    terms.min_agents,
-                    agents=len(plan.cohort),
-                    dropouts=terms.dropouts,
-                    noise_multiplier=terms.noise_multiplier,
-                ),
-                dropouts=terms.dropouts,
-            ),
-            phase_s=self._phase_s,
-        )
+        server = server_of(plan, self._topics.federation, self._phase_s)
         self._attempt = _Attempt(plan, server, journal)
         self._refused.clear()
 
@@ -318,7 +300,7 @@ class SecureRounds:
             return []
 
     def _feed(self, attempt: _Attempt, record: Record, message: UpMessage | None, now: float) -> list[Event]:
-        event = _event(record, message)
+        event = event_of(record, message)
         try:
             counts = attempt.server.changes(event, now)
             if counts:
@@ -340,7 +322,7 @@ class SecureRounds:
 
     def _replay(self, attempt: _Attempt, record: Record) -> None:
         message = body_up(record.data) if record.what is What.MESSAGE else None
-        commands = attempt.server.replay(_event(record, message))
+        commands = attempt.server.replay(event_of(record, message))
         _note(attempt, record, message)
         for command in commands:
             self._take(attempt, command, record.at)
@@ -435,27 +417,6 @@ class SecureRounds:
                 log.debug("send_skipped", agent=agent, reason="not connected; it is repeated")
         except TransportError as error:
             log.warning("send_failed", agent=agent, reason=str(error))
-
-
-def _event(record: Record, message: UpMessage | None) -> machine.ServerEvent:
-    agent = record.agent
-    match record.what, message:
-        case What.MESSAGE, MaskingKeys() as keys:
-            return machine.KeysArrived(agent, PublicKeys(keys.mask, keys.seal, keys.seed_commitment))
-        case What.MESSAGE, SealedShares() as shares:
-            return machine.SharesArrived(agent, shares.sealed)
-        case What.MESSAGE, Agreement() as agreement:
-            return machine.AgreementArrived(agent, agreement.digest)
-        case What.MESSAGE, Reveal() as reveal:
-            return machine.RevealArrived(agent, reveal.seeds, reveal.keys)
-        case What.STORED, _:
-            return machine.MaskedStored(agent)
-        case What.GONE, _:
-            return machine.AgentGone(agent)
-        case What.CLOSE, _:
-            return machine.CloseMasking()
-        case _:
-            return machine.Tick()
 
 
 def _note(attempt: _Attempt, record: Record, message: UpMessage | None) -> None:

@@ -8,9 +8,11 @@ import msgspec
 
 from aggregator.central_report import ClientPrivacy, client_privacy
 from aggregator.masked_noise import DistributedPrivacy, distributed_privacy
+from aggregator.masking_machine import standing
 from aggregator.spending import StoredSpent, last_spent
 from aggregator.store import Store
 from aggregator.traffic import StoredTraffic, TrafficLog
+from federation.wire.masking import MASKED
 from federation.wire.messages import Traffic
 from federation.wire.signing import AGGREGATOR
 
@@ -20,7 +22,9 @@ class RoundStatus(msgspec.Struct, frozen=True):
 
     Attributes:
         round: Number.
-        phase: ``open``, ``folding`` or ``closed``.
+        phase: ``open``, ``unmasking``, ``folding`` or ``closed``.
+        masking: Under secure aggregation what is being collected: ``keys``, ``shares``, ``masked`` updates, ``agreements`` or
+            ``reveals``; empty otherwise.
         attempt: Higher than 1 when it was extended.
         cohort: Agents invited.
         delivered: Updates accepted.
@@ -31,7 +35,7 @@ class RoundStatus(msgspec.Struct, frozen=True):
         loss: Hold-out loss, nats.
         accuracy: Hold-out top-1, in [0, 1].
         evaluate_s: Evaluation, seconds.
-        waiting_for: Members of the open round's cohort that have not delivered.
+        waiting_for: Members of the open round's cohort that have not delivered, or of whom another step is missing.
         agents_moved: What the agents say that the round has cost them on the wire, summed over those that have said it.
         server_moved: What the aggregator has moved itself while the round was open.
     """
@@ -51,6 +55,7 @@ class RoundStatus(msgspec.Struct, frozen=True):
     waiting_for: list[str]
     agents_moved: Traffic = Traffic()
     server_moved: Traffic = Traffic()
+    masking: str = ""
 
 
 class Report(msgspec.Struct, frozen=True):
@@ -102,6 +107,15 @@ def collect(folder: Path) -> Report:
         rounds = []
         for row in store.rounds():
             updates = store.updates(row.round)
+            waiting = [] if row.phase == "closed" else sorted(set(row.cohort) - set(updates))
+            masking = ""
+            if row.phase != "closed" and row.encoding.startswith(f"{MASKED}:"):
+                masking, missing = standing(folder, store.federation, row.round, row.attempt) or (
+                    "keys",
+                    waiting,
+                )
+                # Which updates have come, the store knows before the journal.
+                waiting = waiting if masking == "masked" else missing
             rounds.append(
                 RoundStatus(
                     round=row.round,
@@ -116,9 +130,10 @@ def collect(folder: Path) -> Report:
                     loss=row.loss,
                     accuracy=row.accuracy,
                     evaluate_s=row.evaluate_s,
-                    waiting_for=[] if row.phase == "closed" else sorted(set(row.cohort) - set(updates)),
+                    waiting_for=waiting,
                     agents_moved=of_round.get((row.round, False), Traffic()),
                     server_moved=of_round.get((row.round, True), Traffic()),
+                    masking=masking,
                 )
             )
         agents = [

@@ -48,6 +48,7 @@ def rounds_table(rounds: list[RoundStatus]) -> Table:
     cells: list[tuple[str | Text, ...]] = []
     for row in rounds:
         phase = row.phase if row.attempt == 1 else f"{row.phase}, attempt {row.attempt}"
+        phase += f", {row.masking}" if row.masking else ""
         if row.waiting_for:
             phase += f": waiting for {', '.join(row.waiting_for[:NAMES_SHOWN])}"
             phase += " …" if len(row.waiting_for) > NAMES_SHOWN else ""

@@ -114,6 +114,11 @@ class Server:
             return list(self._end)
         return self._opening(sorted(self._all.missing(self.phase)))
 
+    @property
+    def missing(self) -> frozenset[str]:
+        """Whose message the present phase has not got."""
+        return self._all.missing(self.phase)
+
     def next_wakeup(self) -> float | None:
         """When Tick can next matter, monotonic seconds; None when only an event can."""
         return self._deadline if self.phase not in _UNTIMED else None

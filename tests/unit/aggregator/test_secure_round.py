@@ -11,6 +11,8 @@ from memory_link import ADDRESS, MemoryBroker
 from aggregator.masking_journal import Journal, Record, What, journal_path
 from aggregator.rounds import AgentOut, Event, SumFailed, Unmasked
 from aggregator.secure_round import SecureRounds
+from aggregator.status import collect
+from aggregator.status_view import render
 from aggregator.store import Store
 from federation.errors import ConfigError
 from federation.wire import masking
@@ -374,3 +376,21 @@ def test_what_opened_a_sum_is_deleted_with_its_round(room: Room) -> None:
     room.all_keys()
     room.secure.discard()
     assert list((room.store.folder / "secagg").iterdir()) == []
+
+
+def test_the_status_tells_which_step_waits_for_whom(room: Room) -> None:
+    room.store.open_round(3, 1, NAMES, base=BASE, encoding="masked:16", deadline_s=60, masked=True)
+
+    def shown() -> tuple[str, str, list[str]]:
+        row = collect(room.store.folder).rounds[-1]
+        return row.phase, row.masking, row.waiting_for
+
+    room.send("a", room.keys_of("a"), Purpose.MASKING_KEYS)
+    assert shown() == ("open", "keys", ["b", "c", "d"])
+    room.until_masked()
+    assert shown() == ("open", "masked", list(NAMES))
+    agreement = room.agreements()["b"]
+    room.store.start_unmasking(3)
+    room.send("b", agreement, Purpose.MASKING_AGREEMENT)
+    assert shown() == ("unmasking", "agreements", ["a", "c", "d"])
+    assert "unmasking, agreements: waiting for a, c, d" in render(collect(room.store.folder))
