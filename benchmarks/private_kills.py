@@ -10,7 +10,6 @@ import multiprocessing
 import os
 import random
 import signal
-import sys
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
@@ -20,6 +19,7 @@ from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any
 
+from benchmarks.agent_life import live
 from benchmarks.fleets import Fleet, Run
 from benchmarks.processes import Child, Children
 from benchmarks.runner import BenchmarkError, Options, Results, say
@@ -132,18 +132,6 @@ class Victim:
     def logged(self, event: str, since: int) -> bool:
         """Whether that event is among them."""
         return any(line["event"] == event for line in self.events(since))
-
-
-def live(arguments: list[str], environment: dict[str, str], log: str) -> None:
-    """The whole life of an agent, in its own process."""
-    from edge_agent.cli import main
-
-    os.environ.update(environment)
-    handle = os.open(log, os.O_WRONLY | os.O_APPEND)
-    for stream in (1, 2):
-        os.dup2(handle, stream)
-    sys.argv = ["edge-agent", *arguments]
-    main()
 
 
 STEPS = ("starting", "planning", "paying", "paid", "first step", "training", "trained", "offered", "accepted")
