@@ -12,7 +12,7 @@ import psutil
 from edge_agent.fixed_features import Samples
 from edge_agent.optimizers import make_optimizer
 from edge_agent.training import Cancelled, Fitted, TrainingError, require_finite
-from federation.wire.messages import TrainSpec
+from federation.wire.messages import TaskSpec, TrainSpec
 from privacy import dpsgd
 from privacy.budget import PrivateRound
 from privacy.errors import TermsError
@@ -68,14 +68,21 @@ def fit(
     return Fitted(private.steps, {"clipping": mode.value})
 
 
-def check_model(model: nn.Module) -> None:
-    """See that a model can be trained with differential privacy on this device.
+def check_model(model: nn.Module, task: TaskSpec, device: str) -> None:
+    """See that a model can be trained with differential privacy on this device, by doing it with blank images.
+
+    Args:
+        model: In training mode, on ``device``; not changed.
+        task: What it was built for.
+        device: Where it is.
 
     Raises:
         TrainingError: If not: it says why, and what to do.
     """
+    import torch
+
     with _translated():
-        dpsgd.check_model(model)
+        dpsgd.try_out(model, torch.zeros(2, task.channels, task.height, task.width, device=device))
 
 
 def refuse_statistics(model: nn.Module, delta: Mapping[str, np.ndarray]) -> None:

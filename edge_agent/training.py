@@ -104,6 +104,7 @@ class TorchTrainer:
         self._opened: tuple[TaskSpec, ImageData] | None = None
         self._built: tuple[TaskSpec, nn.Module, dict[str, torch.Tensor]] | None = None
         self._features: FixedFeatures | None = None
+        self._checked: TaskSpec | None = None
 
     @property
     def device_name(self) -> str:
@@ -124,11 +125,12 @@ class TorchTrainer:
             ConfigError: See :func:`federation.task.data.open_data` and :func:`federation.task.models.build`.
             TrainingError: If there can be no private training: Opacus is missing, or does not know a layer.
         """
-        if task.dp_ready:
+        if task.dp_ready and self._checked != task:
             from edge_agent.private_training import check_model
 
             self._set_up()
-            check_model(self._model(task))
+            check_model(self._model(task), task, self._device)
+            self._checked = task
         return len(self._data(task))
 
     def initial(self, task: TaskSpec, seed: int) -> dict[str, np.ndarray]:

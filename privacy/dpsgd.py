@@ -231,15 +231,21 @@ def clipping(model: nn.Module, clip_norm: float, example: Tensor) -> Iterator[Cl
         model: As for :func:`train`.
         clip_norm: L2 norm to which the gradient of each sample is clipped.
         example: One image or more; only the shape counts.
+
+    Raises:
+        TermsError: If Opacus does not know a layer.
     """
     calls = survey(model, example)
     samplers, _ = _opacus()
-    if calls.repeated:
-        hooks = samplers.hooks(model, loss_reduction="sum")
-        clipper: Clipper = HooksClipper(model, clip_norm)
-    else:
-        hooks = samplers.ghost(model, loss_reduction="sum", max_grad_norm=clip_norm)
-        clipper = GhostClipper(model, hooks, clip_norm, calls.first)
+    try:
+        if calls.repeated:
+            hooks = samplers.hooks(model, loss_reduction="sum")
+            clipper: Clipper = HooksClipper(model, clip_norm)
+        else:
+            hooks = samplers.ghost(model, loss_reduction="sum", max_grad_norm=clip_norm)
+            clipper = GhostClipper(model, hooks, clip_norm, calls.first)
+    except NotImplementedError as error:  # a layer that learns and has buffers
+        raise TermsError(f"gradients of single samples cannot be had: {str(error)[:300]}") from error
     try:
         with warnings.catch_warnings():
             # The images want no gradient, and need none.
