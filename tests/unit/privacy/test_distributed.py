@@ -95,7 +95,7 @@ def test_never_below_the_gaussian(each: NoisySum) -> None:
     assert (bounds >= gaussian).all()
     close = np.array(ORDERS) <= 4
     assert (bounds[close] <= gaussian[close] * (1 + 6 / each.noise)).all()
-    for rounds in (1, 10, 100):
+    for rounds in (1, 30):
         central = float(compute_epsilon(np.array(ORDERS), gaussian * rounds, DELTA)[0])
         assert epsilon_rdp([each] * rounds, DELTA) >= central
         exact = gaussian_epsilon(sqrt(rounds) * each.norm / each.noise, DELTA)
@@ -227,7 +227,7 @@ def test_sums_that_cannot_be(values: tuple[float, float, float]) -> None:
         NoisySum(*values)
 
 
-@settings(max_examples=6, deadline=None)
+@settings(max_examples=3, deadline=None)
 @given(
     noise=st.floats(2.0, 60.0),
     ratio=st.floats(0.2, 8.0),
@@ -246,7 +246,7 @@ def test_epsilon_grows_with_rounds_and_falls_with_noise(
     assert epsilon_of([each] * (rounds - 1) + [quieter], DELTA) < epsilon
 
 
-@pytest.mark.parametrize(("epsilon", "rounds"), [(8.0, 1), (3.0, 1), (8.0, 30)])
+@pytest.mark.parametrize(("epsilon", "rounds"), [(3.0, 1), (8.0, 30)])
 def test_the_least_noise_for_an_epsilon(epsilon: float, rounds: int) -> None:
     def sum_with(noise: float) -> NoisySum:
         scale = SharedScale.of(

@@ -42,8 +42,7 @@ def exact_epsilon(parts: dict[float, int], noise: float) -> float:
         {1.5: 64},
         {1.0: 144},
         {0.5: 576},
-        {0.1: 14_400},
-        {1.5: 32, 0.2: 1800},
+        {0.2: 3600},
         {1.25: 46, 0.75: 64, 0.25: 577},
     ],
 )
@@ -56,9 +55,7 @@ def test_no_update_costs_more_and_none_much_less(parts: dict[float, int]) -> Non
     assert bound < 0.97 * epsilon_rdp([WIDE], DELTA)
 
 
-@pytest.mark.parametrize(
-    "each", [WIDE, NoisySum(25.5, 18.0, 0.25), NoisySum(160.0, 110.0, 3.7), NoisySum(6.0, 4.0, 2.0)]
-)
+@pytest.mark.parametrize("each", [WIDE, NoisySum(25.5, 18.0, 0.25), NoisySum(160.0, 110.0, 3.7)])
 @pytest.mark.parametrize("height", [1.0, 6.0, 40.0])
 def test_the_supremum_holds_between_its_points(each: NoisySum, height: float) -> None:
     index = int(np.searchsorted(HEIGHTS, height))
