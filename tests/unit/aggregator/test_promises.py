@@ -36,6 +36,19 @@ def settings(**values: object) -> AggregatorConfig:
             r"modulus_bits = 8 leaves too few steps .* set 16, or privacy\.secagg\.noise_multiplier",
         ),
         (
+            {"privacy__secagg__enabled": True, "rounds__cohort_size": 2},
+            r"cohort_size is 2, less than privacy\.secagg\.min_agents = 3: .* set rounds\.cohort_size to at least 3",
+        ),
+        (
+            {
+                "privacy__secagg__enabled": True,
+                "privacy__secagg__dropouts": 0.2,
+                "rounds__cohort_size": 10,
+                "rounds__over_selection": 0.3,
+            },
+            r"over_selection is 0\.3: .* privacy\.secagg\.dropouts allows 20%; set it to 0\.25 at most",
+        ),
+        (
             {"privacy__client__sampling_rate": 0.1},
             r"sampling_rate is 0\.1, but client-level privacy is off: set privacy\.client\.noise_multiplier",
         ),
