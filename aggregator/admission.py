@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 from aggregator.masking import Masking
 from federation.errors import PeerError, Rejection
 from federation.wire.codec import Schema, decode, max_encoded_bytes
-from federation.wire.messages import AgentMessage, Decline, UpdateOffer
+from federation.wire.messages import AgentMessage, Decline, RoundPlan, UpdateOffer
 from federation.wire.signing import Purpose, unseal
 from federation.wire.terms import SampleTerms
 
@@ -53,6 +53,32 @@ class OpenRound:
     accepted: Mapping[str, str] = field(default_factory=dict)
     masking: Masking | None = None
     sample: SampleTerms | None = None
+
+    @classmethod
+    def of(
+        cls, plan: RoundPlan, schema: Schema, accepted: Mapping[str, str], masking: Masking | None
+    ) -> "OpenRound":
+        """What a plan says to the door.
+
+        Args:
+            plan: Of the round.
+            schema: Tensor name -> shape of the model.
+            accepted: Agent -> SHA-256 of its accepted update.
+            masking: Where updates are masked.
+        """
+        return cls(
+            run=plan.run,
+            round=plan.round,
+            open=True,
+            base=plan.base,
+            cohort=frozenset(plan.cohort),
+            encoding=plan.up_encoding,
+            upload_chunk_bytes=plan.upload_chunk_bytes,
+            schema=schema,
+            accepted=accepted,
+            masking=masking,
+            sample=plan.privacy.sample,
+        )
 
 
 @dataclass(frozen=True, slots=True)

@@ -4,6 +4,7 @@ import time
 from pathlib import Path
 
 import msgspec
+import structlog
 
 from aggregator.central_noise import CentralNoise
 from aggregator.config import AggregatorConfig, RoundsConfig
@@ -15,6 +16,32 @@ from aggregator.versions import Versions
 from federation.errors import ConfigError
 from federation.wire.masking import MASKED, masked_encoding
 from federation.wire.messages import ObjectRef, RoundPlan, TaskSpec
+
+log = structlog.get_logger()
+
+
+def log_opened(plan: RoundPlan, quorum: int) -> None:
+    """Tell the operator of a round, or of its next attempt.
+
+    Args:
+        plan: Of the attempt.
+        quorum: Updates without which it is not closed.
+    """
+    if plan.attempt == 1:
+        log.info("round_opened", round=plan.round, cohort=len(plan.cohort), deadline_s=round(plan.deadline_s))
+        return
+    masked = plan.privacy.secagg is not None
+    log.warning(
+        "round_extended",
+        round=plan.round,
+        attempt=plan.attempt,
+        cohort=len(plan.cohort),
+        quorum=quorum,
+        lost="nothing: all mask anew what they have trained"
+        if masked
+        else "nothing: updates that have arrived stay",
+        remedy="see which agents are missing with `aggregator status`",
+    )
 
 
 class Plans:

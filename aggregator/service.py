@@ -21,7 +21,7 @@ from aggregator.enrolment import Enrolment
 from aggregator.evaluation import Evaluation, EvaluationDone
 from aggregator.folding import Down, FoldResult
 from aggregator.masked_noise import MaskedNoise
-from aggregator.plans import Plans
+from aggregator.plans import Plans, log_opened
 from aggregator.presence import Presence
 from aggregator.reception import Checked, Reception
 from aggregator.rounds import (
@@ -411,41 +411,14 @@ class Service:
             masking = self._averaging.mask(plan)
         accepted = self._store.updates(plan.round)
         self._reception.open(
-            OpenRound(
-                run=plan.run,
-                round=plan.round,
-                open=True,
-                base=plan.base,
-                cohort=frozenset(plan.cohort),
-                encoding=plan.up_encoding,
-                upload_chunk_bytes=plan.upload_chunk_bytes,
-                schema=schema,
-                accepted={agent: update.sha256 for agent, update in accepted.items()},
-                masking=masking,
-                sample=plan.privacy.sample,
-            )
+            OpenRound.of(plan, schema, {agent: update.sha256 for agent, update in accepted.items()}, masking)
         )
         for agent in accepted:  # by an earlier process; those of an earlier attempt have been added
             self._averaging.add(plan.round, agent, self._encoding)
         self._watch.opened(plan.round)
         self._announced.hold(plan)
         self._seeder.want(plan.base, objects)
-        if command.attempt == 1:
-            log.info(
-                "round_opened", round=plan.round, cohort=len(plan.cohort), deadline_s=round(plan.deadline_s)
-            )
-        else:
-            log.warning(
-                "round_extended",
-                round=plan.round,
-                attempt=plan.attempt,
-                cohort=len(plan.cohort),
-                quorum=self._rounds.quorum,
-                lost="nothing: updates that have arrived stay"
-                if masking is None
-                else "nothing: all mask anew",
-                remedy="see which agents are missing with `aggregator status`",
-            )
+        log_opened(plan, self._rounds.quorum)
 
     def _fold(self, number: int, agents: tuple[str, ...]) -> None:
         if self._secure.unmask_plan is not None:
