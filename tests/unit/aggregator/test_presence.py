@@ -3,6 +3,7 @@
 from pathlib import Path
 
 import pytest
+from msgspec import structs
 
 from aggregator.presence import Presence
 from aggregator.rounds import AgentOffline, AgentOnline
@@ -17,15 +18,27 @@ BIRTH = encode_json(AgentState(state="online", session=SESSION, capabilities=ABL
 DEATH = encode_json(AgentState(state="offline", session=SESSION))
 
 
-@pytest.fixture
-def presence(tmp_path: Path) -> Presence:
+def presence_of(tmp_path: Path, encoding: str) -> Presence:
     return Presence(
         store=Store(tmp_path / "state", "home", create=True),
         enrolled=lambda _: True,
-        encoding="sq:16",
+        encoding=encoding,
         on_gone=lambda _: None,
         on_back=lambda _: None,
     )
+
+
+@pytest.fixture
+def presence(tmp_path: Path) -> Presence:
+    return presence_of(tmp_path, "sq:16")
+
+
+def test_who_cannot_mask_is_not_invited_to_masked_rounds(tmp_path: Path) -> None:
+    presence = presence_of(tmp_path, "masked:16")
+    assert presence.state("pi1", BIRTH, retained=False) == [AgentOffline("pi1")]
+    able = structs.replace(ABLE, encodings=("sq", "masked"))
+    birth = encode_json(AgentState(state="online", session=SESSION, capabilities=able))
+    assert presence.state("pi2", birth, retained=False) == [AgentOnline("pi2")]
 
 
 def test_a_retained_birth_that_comes_after_its_death_is_stale(presence: Presence) -> None:

@@ -14,11 +14,16 @@ from aggregator.rounds import (
     Finish,
     Fold,
     Folded,
+    Masked,
     OpenRound,
     Phase,
     RoundRecord,
     Rounds,
+    Skip,
+    SumFailed,
     Tick,
+    Unmask,
+    Unmasked,
     UpdateStored,
     Wait,
 )
@@ -295,3 +300,71 @@ def test_a_finished_run_goes_on_when_more_rounds_are_asked_for() -> None:
     machine.round = 3
     assert machine.start(0.0) == [Wait(3, 2)]
     assert feed(machine, *online("a", "b")) == [OpenRound(4, 1, ("a", "b"), 100)]
+
+
+# --- masked sums --------------------------------------------------------------------------------------------------
+
+
+def masked_round(**settings: float) -> Rounds:
+    config = RoundsConfig(min_agents=3, deadline_s=100, grace_s=10, gather_s=0, quorum=0.5, **settings)  # type: ignore[arg-type]
+    machine = Rounds(config, masked=Masked(min_agents=3, dropouts=0.25))
+    machine.start(0.0)
+    for agent in "abc":
+        machine.handle(AgentOnline(agent), 0.0)
+    assert machine.phase is Phase.OPEN
+    return machine
+
+
+def test_a_masked_round_is_unmasked_before_it_is_folded() -> None:
+    machine = masked_round()
+    for agent in "ab":
+        assert machine.handle(UpdateStored(agent), 1.0) == []
+    assert machine.handle(UpdateStored("c"), 1.0) == [Unmask(1, ("a", "b", "c"))]
+    assert machine.handle(UpdateStored("d"), 1.0) == []
+    assert machine.next_wakeup() is None
+    assert machine.handle(Unmasked(), 2.0) == [Fold(1, ("a", "b", "c"))]
+    assert machine.handle(Unmasked(), 2.0) == []
+
+
+def test_a_masked_round_is_not_closed_with_fewer_than_may_be_summed() -> None:
+    machine = masked_round()
+    for agent in "ab":
+        machine.handle(UpdateStored(agent), 1.0)
+    machine.handle(AgentOut("c"), 1.0)
+    (again,) = machine.handle(Tick(), 100.0)
+    assert again == OpenRound(1, 2, ("a", "b", "c"), 100)
+    assert machine.delivered == set(), "what was masked in the first attempt is of no use in the second"
+
+
+def test_too_few_shares_give_the_silent_ones_a_grace_before_all_begin_anew() -> None:
+    machine = masked_round()
+    assert machine.handle(SumFailed(asked=False), 5.0) == []
+    assert machine.next_wakeup() == 15.0
+    assert machine.handle(Tick(), 15.0) == [OpenRound(1, 2, ("a", "b", "c"), 100)]
+
+
+def test_too_few_agreements_open_the_next_attempt_without_the_vanished() -> None:
+    machine = masked_round()
+    machine.handle(AgentOnline("d"), 0.5)
+    for agent in "abc":
+        machine.handle(UpdateStored(agent), 1.0)
+    machine.handle(AgentOffline("b"), 1.0)
+    (again,) = machine.handle(SumFailed(asked=False), 20.0)
+    assert again == OpenRound(1, 2, ("a", "c", "d"), 100)
+    assert machine.phase is Phase.OPEN
+
+
+def test_a_sum_that_devices_were_asked_to_open_is_not_tried_again() -> None:
+    machine = masked_round()
+    for agent in "abc":
+        machine.handle(UpdateStored(agent), 1.0)
+    assert machine.handle(SumFailed(asked=True), 20.0) == [Skip(1)]
+    assert machine.handle(Folded(), 21.0) == [Evaluate(1)]
+
+
+def test_a_restart_asks_for_exactly_the_sum_that_was_wanted() -> None:
+    machine = Rounds(RoundsConfig(min_agents=3), masked=Masked(min_agents=3, dropouts=0.25))
+    record = RoundRecord(2, 3, ("a", "b", "c", "d"), ("a", "b", "c"), phase=Phase.UNMASKING, remaining_s=50)
+    opened, unmask = machine.start(0.0, record)
+    assert isinstance(opened, OpenRound)
+    assert (opened.attempt, unmask) == (3, Unmask(2, ("a", "b", "c")))
