@@ -50,6 +50,9 @@ from privacy.secagg.masks import Mask, MaskPlan, own_mask, pair_mask
 from privacy.secagg.sealing import Sealer, SharePair
 from privacy.secagg.shamir import split
 
+MAX_REPEAT_S = 60.0
+"""A device that came too late for the roster waits for the next attempt, perhaps for long."""
+
 _SAYING = (ClientPhase.ROSTER, ClientPhase.SHARES, ClientPhase.AGREEMENTS)
 """Phases that wait for the answer to a message, which may be lost. Who carries the masked vector repeats it by itself."""
 
@@ -78,7 +81,7 @@ class Client:
         name: Of this device.
         context: ``agreement.context_of`` federation, run, round, attempt, base model...
         terms: Of the signed plan.
-        repeat_s: Seconds after which a message that got no answer is repeated.
+        repeat_s: Seconds after which a message that got no answer is repeated; doubled each time, to ``MAX_REPEAT_S``.
 
     Attributes:
         phase: What it waits for.
@@ -99,6 +102,7 @@ class Client:
         self._masks: MaskPlan | None = None
         self._masked = False
         self._said: ClientCommand = SendKeys(self._keys)
+        self._wait_s = repeat_s
         self._repeat_at: float | None = None
 
     def start(self, now: float) -> list[ClientCommand]:
@@ -110,7 +114,7 @@ class Client:
         Returns:
             The keys to send.
         """
-        self._repeat_at = now + self._repeat_s
+        self._repeat_at = now + self._wait_s
         return [self._said]
 
     def handle(self, event: ClientEvent, now: float) -> list[ClientCommand]:
@@ -131,7 +135,8 @@ class Client:
             self._forget()
             return [Abort(str(error))]
         if any(isinstance(command, SendShares | SendAgreement) for command in commands):
-            self._repeat_at = now + self._repeat_s
+            self._wait_s = self._repeat_s
+            self._repeat_at = now + self._wait_s
         return commands
 
     def next_wakeup(self) -> float | None:
@@ -161,7 +166,8 @@ class Client:
         wakeup = self.next_wakeup()
         if wakeup is None or now < wakeup:
             return []
-        self._repeat_at = now + self._repeat_s
+        self._wait_s = min(2 * self._wait_s, max(MAX_REPEAT_S, self._repeat_s))
+        self._repeat_at = now + self._wait_s
         return [self._said]
 
     # --- the roster -----------------------------------------------------------------------------------------------

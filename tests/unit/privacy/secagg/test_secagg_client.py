@@ -9,7 +9,7 @@ import pytest
 from masking_cohort import CONTEXT, Cohort, names_of, without
 
 from privacy.secagg.agreement import Terms, context_of
-from privacy.secagg.client import Client
+from privacy.secagg.client import MAX_REPEAT_S, Client
 from privacy.secagg.client_messages import (
     Abort,
     AgreementsArrived,
@@ -351,7 +351,12 @@ def test_keys_are_repeated_until_the_roster_comes() -> None:
     assert client.next_wakeup() == 105.0
     assert client.handle(Tick(), 104.0) == []
     assert client.handle(Tick(), 105.0) == keys
-    assert client.next_wakeup() == 110.0
+    assert client.next_wakeup() == 115.0, "ever more patiently"
+    for _ in range(5):
+        now = client.next_wakeup()
+        assert now is not None
+        assert client.handle(Tick(), now) == keys
+    assert client.next_wakeup() == now + MAX_REPEAT_S
 
 
 def test_each_context_has_fresh_secrets() -> None:
