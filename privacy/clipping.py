@@ -7,6 +7,7 @@ from enum import StrEnum
 from typing import TYPE_CHECKING, Any, Protocol
 
 from privacy.errors import TermsError
+from privacy.per_sample import take_sums
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
@@ -18,7 +19,7 @@ _NORMS = "_norm_sample"
 """Where Opacus' hooks put the norms, ``[n]``, on each weight."""
 
 
-Sums = dict["nn.Parameter", "Tensor"]
+Sums = dict["Tensor", "Tensor"]
 
 
 class Mode(StrEnum):
@@ -88,35 +89,44 @@ def survey(model: nn.Module, example: Tensor) -> Calls:
 
 
 class GhostClipper:
-    """Computes only the norms of the gradients of single samples; then a second backward pass, with weighted losses.
+    """Computes only the norms of the gradients of single samples, and then their weighted sum.
 
     Args:
         model: Hooked.
         hooks: Opacus', which leave the norms of each weight's gradients at the weight.
         clip_norm: L2 norm to which the gradient of each sample is clipped.
         first: The smallest weight of the layer that is called first.
+        summed: Kinds of layers that leave a function for their weighted sum (:func:`privacy.per_sample.take_sums`). Are there
+            others, the sum takes a second backward pass, with weighted losses.
     """
 
     mode = Mode.GHOST
 
-    def __init__(self, model: nn.Module, hooks: Any, clip_norm: float, first: nn.Parameter) -> None:
+    def __init__(
+        self, model: nn.Module, hooks: Any, clip_norm: float, first: nn.Parameter, summed: frozenset[type]
+    ) -> None:
         self._model, self._hooks, self._clip_norm = model, hooks, clip_norm
         self._parameters = trainable(model)
         # Norms need the gradients of what each layer puts out, but of no weight. Asking for one weight of the first
         # layer alone leads the backward pass through all layers and spares it the gradients of the others' weights.
         self._asked = [first]
+        self._twice = any(_own(module) and type(module) not in summed for module in model.modules())
 
     def add(self, images: Tensor, labels: Tensor, sums: Sums, count: int) -> None:
         """See :class:`Clipper`."""
         import torch
 
         losses = _losses(self._model, images, labels)
-        torch.autograd.grad(losses.sum(), self._asked, retain_graph=True, allow_unused=True)
+        gradients = torch.autograd.grad(
+            losses.sum(), self._asked, retain_graph=self._twice, allow_unused=True
+        )
         norms = {p: getattr(p, _NORMS) for p in self._parameters if hasattr(p, _NORMS)}
-        if len(norms) < len(self._parameters) and self._asked != self._parameters:
-            self._asked = self._parameters  # not all layers lie behind the first
-            self.add(images, labels, sums, count)
-            return
+        if len(norms) < len(self._parameters):
+            if self._asked != self._parameters:
+                self._asked = self._parameters  # not all layers lie behind the first
+                self.add(images, labels, sums, count)
+                return
+            _require_counted(self._model, set(norms), gradients)
         factors = _factors(list(norms.values()), self._clip_norm)
         finite = (factors > 0).nonzero().flatten()
         if len(finite) < len(images):  # the loss of such a sample would make the whole sum NaN
@@ -125,12 +135,23 @@ class GhostClipper:
                 self.add(images[finite], labels[finite], sums, count)
             return
         factors[count:] = 0.0
+        layers = take_sums(self._model)
+        if self._twice:
+            layers.clear()
+            self._sum_again(losses, factors, sums, set(norms))
+        while layers:  # what a layer holds is let go with it
+            for parameter, gradient in layers.pop()(factors).items():
+                sums[parameter] += gradient
+
+    def _sum_again(self, losses: Tensor, factors: Tensor, sums: Sums, counted: set[nn.Parameter]) -> None:
+        import torch
+
         self._hooks.disable_hooks()
         try:
             gradients = torch.autograd.grad(factors @ losses, self._parameters, allow_unused=True)
         finally:
             self._hooks.enable_hooks()
-        _require_counted(self._model, set(norms), gradients)
+        _require_counted(self._model, counted, gradients)
         for parameter, gradient in zip(self._parameters, gradients, strict=True):
             if gradient is not None:
                 sums[parameter] += gradient
@@ -203,6 +224,7 @@ def _require_counted(
 
 def forget(model: nn.Module) -> None:
     """Drop what an earlier pass, perhaps one that was broken off, left on layers and weights."""
+    take_sums(model)
     for module in model.modules():
         for name in _OPACUS_LEFTOVERS:
             if hasattr(module, name):

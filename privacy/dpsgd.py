@@ -36,7 +36,7 @@ from numpy.typing import NDArray
 
 from privacy import gaussian
 from privacy.budget import PrivateRound
-from privacy.clipping import Clipper, GhostClipper, HooksClipper, Mode, forget, survey, trainable
+from privacy.clipping import Clipper, GhostClipper, HooksClipper, Mode, Sums, forget, survey, trainable
 from privacy.errors import TermsError
 
 if TYPE_CHECKING:
@@ -105,7 +105,7 @@ def train(
     parameters = trainable(model)
     std = private.noise_multiplier * private.clip_norm
     expected = private.sample_rate * samples
-    sums = {parameter: _zeros(parameter) for parameter in parameters}
+    sums: Sums = {parameter: _zeros(parameter) for parameter in parameters}
     example = batch(np.zeros(1, np.int64))[0]
     try:
         with clipping(model, private.clip_norm, example) as clipper:
@@ -116,9 +116,9 @@ def train(
                     before_batch()
                     part = rows[start : start + physical_batch]
                     clipper.add(*batch(_filled_up(part)), sums, len(part))
-                for parameter, total in sums.items():
-                    _add_noise(total, std)
-                    parameter.grad = total.div_(expected)
+                for parameter in parameters:
+                    _add_noise(sums[parameter], std)
+                    parameter.grad = sums[parameter].div_(expected)
                 optimizer.step()
                 for total in sums.values():
                     total.zero_()
@@ -210,7 +210,7 @@ def try_out(model: nn.Module, images: Tensor) -> Mode:
     import torch
 
     check_model(model)
-    sums = {parameter: _zeros(parameter) for parameter in trainable(model)}
+    sums: Sums = {parameter: _zeros(parameter) for parameter in trainable(model)}
     labels = torch.zeros(len(images), dtype=torch.int64, device=images.device)
     try:
         with torch.random.fork_rng(devices=[]), clipping(model, 1.0, images) as clipper:
@@ -243,7 +243,7 @@ def clipping(model: nn.Module, clip_norm: float, example: Tensor) -> Iterator[Cl
             clipper: Clipper = HooksClipper(model, clip_norm)
         else:
             hooks = samplers.ghost(model, loss_reduction="sum", max_grad_norm=clip_norm)
-            clipper = GhostClipper(model, hooks, clip_norm, calls.first)
+            clipper = GhostClipper(model, hooks, clip_norm, calls.first, samplers.summed)
     except NotImplementedError as error:  # a layer that learns and has buffers
         raise TermsError(f"gradients of single samples cannot be had: {str(error)[:300]}") from error
     try:
@@ -293,6 +293,7 @@ def _check_round(private: PrivateRound, samples: int) -> None:
 class _Samplers:
     ghost: Any
     hooks: Any
+    summed: frozenset[type]
 
 
 @lru_cache
@@ -315,14 +316,15 @@ def _opacus() -> tuple[_Samplers, Any]:
 
     from privacy import per_sample
 
+    own = {nn.Conv2d: per_sample.convolution_norms, nn.Linear: per_sample.linear_norms} | {
+        kind: per_sample.small_norms(GradSampleHooks.GRAD_SAMPLERS[kind])
+        for kind in (nn.GroupNorm, nn.LayerNorm)
+    }
+
     class Ghost(GradSampleHooksFastGradientClipping):  # type: ignore[misc]
-        NORM_SAMPLERS = {  # noqa: RUF012 - as Opacus declares it
-            **GradSampleHooksFastGradientClipping.NORM_SAMPLERS,
-            nn.Conv2d: per_sample.convolution_norms,
-            nn.Linear: per_sample.linear_norms,
-        }
+        NORM_SAMPLERS = {**GradSampleHooksFastGradientClipping.NORM_SAMPLERS, **own}  # noqa: RUF012 - as Opacus declares it
 
     class Hooks(GradSampleHooks):  # type: ignore[misc]
         GRAD_SAMPLERS = {**GradSampleHooks.GRAD_SAMPLERS, nn.Conv2d: per_sample.convolution_gradients}  # noqa: RUF012
 
-    return _Samplers(Ghost, Hooks), ModuleValidator
+    return _Samplers(Ghost, Hooks, frozenset(own)), ModuleValidator

@@ -13,7 +13,7 @@ from federation.task.models import build
 from federation.wire.messages import TaskSpec
 from privacy import dpsgd
 from privacy.budget import PrivateRound
-from privacy.clipping import Mode, trainable
+from privacy.clipping import Mode, Sums, trainable
 from privacy.errors import TermsError
 
 MODELS = [
@@ -146,7 +146,7 @@ def clipped_by_loop(gradients: list[Gradients], clip_norm: float) -> Gradients:
 def clipped(
     model: nn.Module, images: torch.Tensor, labels: torch.Tensor, clip_norm: float
 ) -> tuple[Gradients, Mode]:
-    sums = {parameter: torch.zeros_like(parameter) for parameter in trainable(model)}
+    sums: Sums = {parameter: torch.zeros_like(parameter) for parameter in trainable(model)}
     with dpsgd.clipping(model, clip_norm, images[:1]) as clipper:
         clipper.add(images, labels, sums, len(images))
     return list(sums.values()), clipper.mode
@@ -327,7 +327,7 @@ def test_a_sample_without_a_finite_gradient_adds_nothing() -> None:
 def test_what_only_fills_up_a_batch_adds_nothing() -> None:
     model = convolutions()
     images, labels = data()
-    sums = {parameter: torch.zeros_like(parameter) for parameter in trainable(model)}
+    sums: Sums = {parameter: torch.zeros_like(parameter) for parameter in trainable(model)}
     with dpsgd.clipping(model, 1.0, images[:1]) as clipper:
         clipper.add(images, labels, sums, 5)
     expected, _ = clipped(model, images[:5], labels[:5], 1.0)
