@@ -42,7 +42,7 @@ HOPELESS_EPSILON = 200.0
 MOST_PLD_STEPS = 10**6
 """Of more steps together only RDP is computed: the bins of a PLD would take hundreds of megabytes."""
 
-NO_NOISE = 1e-3
+NO_NOISE = 1e-6
 """Noise multipliers below it count as none: epsilon is infinite."""
 
 MIN_NOISE, MAX_NOISE = 0.1, 1e5
