@@ -38,6 +38,7 @@ from privacy import gaussian
 from privacy.budget import PrivateRound
 from privacy.clipping import Clipper, GhostClipper, HooksClipper, Mode, Sums, forget, survey, trainable
 from privacy.errors import TermsError
+from privacy.lean_opacus import import_opacus
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
@@ -302,8 +303,7 @@ def _opacus() -> tuple[_Samplers, Any]:
     root = logging.getLogger()
     handlers = root.handlers[:]
     try:
-        from opacus.grad_sample import GradSampleHooks, GradSampleHooksFastGradientClipping
-        from opacus.validators import ModuleValidator
+        grad_sample, validators = import_opacus("opacus.grad_sample"), import_opacus("opacus.validators")
     except ImportError as error:
         raise ModuleNotFoundError(
             f"training with differential privacy needs Opacus, which cannot be imported: {error}. Install it with: "
@@ -317,14 +317,23 @@ def _opacus() -> tuple[_Samplers, Any]:
     from privacy import per_sample
 
     own = {nn.Conv2d: per_sample.convolution_norms, nn.Linear: per_sample.linear_norms} | {
-        kind: per_sample.small_norms(GradSampleHooks.GRAD_SAMPLERS[kind])
+        kind: per_sample.small_norms(grad_sample.GradSampleHooks.GRAD_SAMPLERS[kind])
         for kind in (nn.GroupNorm, nn.LayerNorm)
     }
 
-    class Ghost(GradSampleHooksFastGradientClipping):  # type: ignore[misc]
-        NORM_SAMPLERS = {**GradSampleHooksFastGradientClipping.NORM_SAMPLERS, **own}  # noqa: RUF012 - as Opacus declares it
-
-    class Hooks(GradSampleHooks):  # type: ignore[misc]
-        GRAD_SAMPLERS = {**GradSampleHooks.GRAD_SAMPLERS, nn.Conv2d: per_sample.convolution_gradients}  # noqa: RUF012
-
-    return _Samplers(Ghost, Hooks, frozenset(own)), ModuleValidator
+    ghost = type(
+        "Ghost",
+        (grad_sample.GradSampleHooksFastGradientClipping,),
+        {"NORM_SAMPLERS": {**grad_sample.GradSampleHooksFastGradientClipping.NORM_SAMPLERS, **own}},
+    )
+    hooks = type(
+        "Hooks",
+        (grad_sample.GradSampleHooks,),
+        {
+            "GRAD_SAMPLERS": {
+                **grad_sample.GradSampleHooks.GRAD_SAMPLERS,
+                nn.Conv2d: per_sample.convolution_gradients,
+            }
+        },
+    )
+    return _Samplers(ghost, hooks, frozenset(own)), validators.ModuleValidator
