@@ -48,6 +48,10 @@ def import_opacus(part: str) -> Any:
             for name, module in stand_ins.items():
                 if sys.modules.get(name) is module:
                     del sys.modules[name]
+        parent = sys.modules["torch.distributed"]
+        if not hasattr(parent, "tensor") and "opacus" in sys.modules:
+            # Opacus' hooks compare types with torch.distributed.tensor.DTensor. The real module's import takes this place.
+            parent.tensor = stand_ins["torch.distributed.tensor"]  # type: ignore[attr-defined]
     return importlib.import_module(part)
 
 

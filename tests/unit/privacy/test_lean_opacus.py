@@ -11,6 +11,9 @@ assert hooks.__module__.startswith("opacus.")
 assert "torch.distributed.fsdp" not in sys.modules and "sympy" not in sys.modules
 from torch.distributed.fsdp import fully_shard
 assert callable(fully_shard) and not isinstance(fully_shard, type)
+import torch
+from torch.distributed.tensor import DTensor
+assert torch.distributed.tensor.DTensor is DTensor and issubclass(DTensor, torch.Tensor)
 assert import_opacus("opacus.validators").ModuleValidator
 """
 
