@@ -1,6 +1,7 @@
 """What the part of a model that does not learn makes of each image, computed once for all rounds.
 
-A model says which part that is by ``fixed = True`` on its first child (``federation.task.scattering``). Training then needs a tenth of the time.
+A model says which part that is by ``fixed = True`` on its first child (``federation.task.scattering``). An epoch then takes a
+fraction of the time.
 """
 
 from __future__ import annotations
