@@ -162,7 +162,8 @@ def largest_physical_batch(model: nn.Module, memory_bytes: int) -> int:
         for module in model.modules()
     )
     wanted = min(_MOST, max(PHYSICAL_BATCH, _SMALL_BYTES // max(largest, 1)))
-    return max(1, min(wanted, memory_bytes // _MEMORY_SHARE // max(largest, 1)))
+    fitting = max(1, min(wanted, memory_bytes // _MEMORY_SHARE // max(largest, 1)))
+    return fitting - fitting % _FILL if fitting > _FILL else fitting  # what does not need filling up
 
 
 def check_model(model: nn.Module) -> None:

@@ -421,6 +421,7 @@ def test_memory_bounds_the_physical_batch() -> None:
     assert dpsgd.largest_physical_batch(large, 2**34) == dpsgd.PHYSICAL_BATCH
     assert dpsgd.largest_physical_batch(large, 2**30) == 16
     assert dpsgd.largest_physical_batch(large, 0) == 1
+    assert dpsgd.largest_physical_batch(nn.Linear(350, 350), 2**34) == 32, "34 would be filled up to 48"
 
 
 def test_opacus_does_not_take_over_the_logging() -> None:
