@@ -201,10 +201,10 @@ def _reach(victim: Victim, process: BaseProcess, reached: Callable[[], bool], si
     """Wait until a life has got to its step; true if its budget did not let it."""
     deadline = time.monotonic() + LIFE_S
     while not reached():
-        for line in victim.events(since):
-            if line["event"] == "round_declined" and line["code"] == "budget":
-                return True
-        if not process.is_alive() or victim.logged("round_declined", since):
+        declined = [line["code"] for line in victim.events(since) if line["event"] == "round_declined"]
+        if "budget" in declined:
+            return True
+        if declined or not process.is_alive():
             raise BenchmarkError(f"the agent has stopped taking part by itself, see {victim.log}")
         if time.monotonic() > deadline:
             raise BenchmarkError(f"the agent did not get on within {LIFE_S:.0f} s, see {victim.log}")
