@@ -27,9 +27,7 @@ def task_of(model: str, side: int, channels: int) -> TaskSpec:
     )
 
 
-@pytest.mark.parametrize(
-    ("name", "side", "channels"), [("mobilenet_v3_small", 32, 3), ("scattering", 28, 1)]
-)
+@pytest.mark.parametrize(("name", "side", "channels"), [("mobilenet_v3_small", 32, 3), ("scattering", 28, 1)])
 def test_what_devices_train_privately_they_can_run(
     tmp_path: Path, name: str, side: int, channels: int
 ) -> None:
