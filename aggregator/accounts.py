@@ -120,7 +120,14 @@ def rights(account: Account, topics: Topics) -> Rights:
         )
     name = account.name
     return Rights(
-        publish=(topics.state(name), topics.telemetry(name), topics.up(name), topics.predictions(name)),
+        publish=(
+            topics.state(name),
+            topics.telemetry(name),
+            topics.up(name),
+            topics.predictions(name),
+            topics.model(name),
+            topics.discovery(name),
+        ),
         subscribe=(
             topics.aggregator,
             topics.plan,

@@ -1,6 +1,6 @@
 """The aggregator's settings. The docstrings are the documentation of the keys (``federation.config``)."""
 
-from typing import Annotated
+from typing import Annotated, Literal
 
 from msgspec import Meta
 
@@ -9,6 +9,7 @@ from federation.config import Table
 from federation.wire.credit import CREDIT_BYTES
 from federation.wire.fields import Count, Name, NonNegative, Positive
 from federation.wire.messages import MAX_CHUNK_BYTES, MAX_DELTAS, TrainSpec
+from federation.wire.release import ModelFormat
 
 SECRETS = {"FEDGE_BROKER_PASSWORD": "broker.password"}
 """Environment variables that hold secrets, and the keys that they set."""
@@ -106,6 +107,42 @@ class BrokerConfig(Table, frozen=True):
     connect_timeout_s: Positive = 30.0
 
 
+class ReleaseConfig(Table, frozen=True):
+    """How models reach devices.
+
+    Attributes:
+        auto: Release the model by itself when a run is finished.
+        stay: Go on serving releases after the last round, until stopped.
+        format: Number format that is tried: "int8", "fp16" or "fp32"; a model that loses too much, or gains no speed, is released as fp32, and why is said.
+        preprocess: "fused" puts resizing and normalising into the model, "none" leaves them to the device.
+        data: Pictures for calibration and for the accuracy gate, e.g. "imagefolder:PATH"; empty: task.holdout.
+        max_drop: Percentage points of accuracy that a format may cost against float32.
+        max_regression: Percentage points below the current release at which an automatic release is not made.
+        canary: Share of the devices that get a release first; 1 releases to all at once.
+        widen: Factor by which the share of a canary grows when a step went well.
+        step_s: Seconds that a step of a canary lasts at least.
+        min_reports: Devices that must have confirmed a step before the share grows; fewer if fewer are in it.
+        max_failures: Share of the devices of a step that may refuse or roll back; above it the canary is halted and reverted.
+        give_up_s: Seconds after which devices that never answered are not waited for any more.
+        expiry_days: Days after which a manifest is of no use; the server renews it long before.
+    """
+
+    auto: bool = False
+    stay: bool = False
+    format: ModelFormat = ModelFormat.INT8
+    preprocess: Literal["fused", "none"] = "fused"
+    data: str = ""
+    max_drop: NonNegative = 0.5
+    max_regression: NonNegative = 1.0
+    canary: Annotated[float, Meta(gt=0, le=1)] = 0.1
+    widen: Annotated[float, Meta(gt=1, le=100)] = 3.0
+    step_s: Positive = 120.0
+    min_reports: Annotated[int, Meta(ge=1, le=4096)] = 1
+    max_failures: Share = 0.1
+    give_up_s: Positive = 3600.0
+    expiry_days: Annotated[float, Meta(gt=0, le=3650)] = 90.0
+
+
 class AggregatorConfig(Table, frozen=True):
     """The aggregator.
 
@@ -131,3 +168,4 @@ class AggregatorConfig(Table, frozen=True):
     rounds: RoundsConfig = RoundsConfig()
     broker: BrokerConfig = BrokerConfig()
     privacy: PrivacyConfig = PrivacyConfig()
+    release: ReleaseConfig = ReleaseConfig()

@@ -34,6 +34,7 @@ TITLES = {
     "train": "`[train]`: how an agent trains in one round",
     "rounds": "`[rounds]`: when a round opens, who takes part, when it closes",
     "broker": "`[broker]`: the MQTT broker",
+    "release": "`[release]`: how models reach devices",
     "privacy.sample": "`[privacy.sample]`: DP-SGD on each device",
     "privacy.client": "`[privacy.client]`: noise added by the aggregator",
     "privacy.secagg": "`[privacy.secagg]`: secure aggregation, and noise added by the devices together",
@@ -43,12 +44,13 @@ TITLES = {
 AGENT_HEAD = """
 # The agent
 
-`edge-agent run BUNDLE --config FILE` reads them from a TOML file; flags come on top.
+`edge-agent run BUNDLE --config FILE` and `edge-agent infer --config FILE` read them from a TOML file; flags come on top.
 """
 
 AGENT_TITLES = {
     "": "Top level of the agent's file",
     "privacy": "`[privacy]`: what this device demands and never spends",
+    "inference": "`[inference]`: what this device looks at, and with which model",
 }
 
 

@@ -38,6 +38,7 @@ class Bundle(Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
         broker: A URL as :meth:`BrokerAddress.parse` reads it, without credentials.
         username: Account on the broker.
         password: Its password.
+        release_keys: Hex Ed25519 public keys of which one must have signed a release: the present one and its successor.
         ca_pem: PEM certificates that the broker's must descend from; empty trusts the system's.
     """
 
@@ -49,6 +50,7 @@ class Bundle(Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
     broker: Annotated[str, Meta(max_length=500)]
     username: Annotated[str, Meta(min_length=1, max_length=200)]
     password: Annotated[str, Meta(min_length=1, max_length=200)]
+    release_keys: Annotated[tuple[KeyHex, ...], Meta(max_length=2)] = ()
     ca_pem: str = ""
 
     def __repr__(self) -> str:

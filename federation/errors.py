@@ -42,6 +42,28 @@ class Rejection(StrEnum):
     WRONG_SPENT = "wrong_spent"
 
 
+class ReleaseFault(StrEnum):
+    """Why a device did not take up a release, or gave it up again; used in reports, logs and docs alike."""
+
+    MALFORMED = "malformed"
+    BAD_SIGNATURE = "bad_signature"
+    WRONG_FEDERATION = "wrong_federation"
+    EXPIRED = "expired"
+    DOWNGRADE = "downgrade"
+    INCOMPATIBLE = "incompatible"
+    QUARANTINED = "quarantined"
+    NO_SPACE = "no_space"
+    WRONG_HASH = "wrong_hash"
+    BROKEN = "broken"
+    WRONG_SHAPE = "wrong_shape"
+    WRONG_ANSWER = "wrong_answer"
+    NON_FINITE = "non_finite"
+    TOO_SLOW = "too_slow"
+    TOO_BIG = "too_big"
+    CRASHED = "crashed"
+    ERRORS = "errors"
+
+
 class FedgeError(Exception):
     """Base of all errors that fedge raises on purpose. Its text is meant for the person who must act."""
 
@@ -81,6 +103,22 @@ class VerificationError(FedgeError):
     """Something that was to be used does not match what was promised: a parity check, a hash, a signature."""
 
     exit_code = ExitCode.VERIFICATION
+
+
+class ReleaseError(FedgeError):
+    """A release cannot be used: keep the current model.
+
+    Attributes:
+        fault: The reason, as it is reported to the aggregator.
+        detail: For people.
+    """
+
+    exit_code = ExitCode.VERIFICATION
+
+    def __init__(self, fault: ReleaseFault, detail: str) -> None:
+        super().__init__(f"{fault.value}: {detail}")
+        self.fault = fault
+        self.detail = detail
 
 
 class BudgetExhaustedError(FedgeError):

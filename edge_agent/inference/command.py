@@ -11,8 +11,8 @@ import typer
 from federation.errors import ConfigError
 
 if TYPE_CHECKING:
-    from edge_agent.inference.engine import Engine
     from edge_agent.inference.sinks import Sink, Summary
+    from federation.task.engine import Engine
 
 
 def infer(
@@ -30,8 +30,8 @@ def infer(
 
     Pictures that cannot be read are told on stderr and skipped; only if none can be read is that an error (2).
     """
-    from edge_agent.inference.engine import Engine
     from edge_agent.inference.sinks import JsonSink, TextSink
+    from federation.task.engine import Engine
 
     sink = (JsonSink if as_json else TextSink)(sys.stdout, sys.stderr)
     summary = classify(Engine(model, threads=threads, top=top), source, sink, limit=limit)

@@ -7,8 +7,8 @@ import msgspec
 import numpy as np
 from msgspec import Struct
 
-from edge_agent.inference.engine import Prediction
 from edge_agent.inference.sources import Unreadable
+from federation.task.engine import Prediction
 
 
 class Summary(Struct, frozen=True, kw_only=True):

@@ -238,8 +238,8 @@ class Connection:
                 if stopping():
                     if farewell_due is None:
                         farewell_due = now + FAREWELL_S
-                    if now > farewell_due:
-                        return
+                    if now > farewell_due or self._up_since is None or self._queue.unsaid:
+                        return  # without DISCONNECT, which would take back the will: it stands in for the last words
                     self._say_goodbye()
                 wanted = selectors.EVENT_READ | (selectors.EVENT_WRITE if client.want_write() else 0)
                 if wanted != mask:
@@ -270,7 +270,8 @@ class Connection:
 
     def _say_goodbye(self) -> None:
         """Send DISCONNECT once everything said before it has been acknowledged."""
-        if self._up_since is not None and (self._unacked_qos1 or self._client.want_write()):
+        # The last words may have come since the queue was last looked into.
+        if self._queue.control_waits or self._unacked_qos1 or self._client.want_write():
             return
         properties = None
         if self._version == MQTT_5:

@@ -250,6 +250,8 @@ class Link:
     def stop(self, last: Sequence[tuple[str, bytes, int, bool]] = ()) -> None:
         """Say the last words, disconnect cleanly (no will) and end the thread. Bulk that waits is dropped.
 
+        Where the last words cannot be said, the connection is cut instead, so that the will is published.
+
         Args:
             last: ``(topic, payload, qos, retain)``, such as the state "offline"; given up to two seconds.
 
@@ -257,9 +259,9 @@ class Link:
             RuntimeError: If called in the network thread.
         """
         self._refuse_network_thread("stop")
-        self._queue.end()
-        for topic, payload, qos, retain in last:
-            self._queue.put(publish_job(topic, payload, qos=qos, retain=retain))
+        self._queue.end(
+            [publish_job(topic, payload, qos=qos, retain=retain) for topic, payload, qos, retain in last]
+        )
         self._stop_asked.set()
         self._wake()
         if self._thread.ident is None:

@@ -7,7 +7,7 @@ old plan or state can never overtake a newer one.
 import socket
 import threading
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from time import monotonic
 
@@ -103,6 +103,7 @@ class SendQueue:
         self._session = 0
         self._open = False
         self._ending = False
+        self._unsaid = False
         self._limits = Limits()
 
     @property
@@ -119,6 +120,16 @@ class SendQueue:
     def waiting(self) -> int:
         """Bulk messages that were put without waiting for room and have not been handed on."""
         return len(self._waiting_topics)
+
+    @property
+    def control_waits(self) -> bool:
+        """Whether there is control that has not been handed on."""
+        return bool(self._control)
+
+    @property
+    def unsaid(self) -> bool:
+        """Whether there were last words, and no broker to say them to."""
+        return self._unsaid
 
     def open(self, limits: Limits) -> None:
         """A session began."""
@@ -139,14 +150,27 @@ class SendQueue:
             self._pending = 0
             self._changed.notify_all()
 
-    def end(self) -> None:
-        """The owner is about to stop: drop the bulk that waits and take no more, so that last words get through."""
+    def end(self, last: Sequence[Publish] = ()) -> None:
+        """The owner is about to stop: drop the bulk that waits and take no more, so that last words get through.
+
+        Args:
+            last: They are queued if there is a broker to say them to.
+
+        Raises:
+            TransportError: If a payload is over what the broker takes.
+        """
         with self._changed:
             self._ending = True
             self._pending -= len(self._bulk)
             self._lost += len(self._bulk)
             self._bulk.clear()
             self._waiting_topics.clear()
+            if self._open:
+                for job in last:
+                    self._check_size(job)
+                self._control.extend(last)
+            else:
+                self._unsaid = bool(last)
             self._waiting_bytes = sum(map(_size, self._control))
             self._changed.notify_all()
 

@@ -34,6 +34,8 @@ class Purpose(StrEnum):
     MASKING_KEYS = "masking-keys"
     MASKING_AGREEMENT = "masking-agreement"
     MASKING_DOWN = "masking-down"
+    RELEASE = "release"
+    RELEASE_REPORT = "release-report"
 
 
 class Envelope(Wire, frozen=True):

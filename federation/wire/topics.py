@@ -5,6 +5,9 @@ from dataclasses import dataclass
 
 PROTOCOL = "fedge/1"
 
+DISCOVERY_PREFIX = "homeassistant"
+"""Where Home Assistant looks for entities, unless it was told otherwise."""
+
 _NAME = re.compile(r"[a-z0-9][a-z0-9_-]{0,62}")
 _SHA256 = re.compile(r"[0-9a-f]{64}")
 _INDEX = re.compile(r"0|[1-9][0-9]{0,4}")
@@ -21,7 +24,7 @@ class AgentTopic:
 
     Attributes:
         agent: The agent whose branch it is.
-        kind: ``state``, ``telemetry``, ``offer``, ``masking up``, ``chunk``, ``credit``, ``receipt`` or ``masking down``.
+        kind: ``state``, ``telemetry``, ``offer``, ``release``, ``masking up``, ``chunk``, ``credit``, ``receipt`` or ``masking down``.
         sha256: Of the object, for a chunk.
         index: Of the chunk.
     """
@@ -68,6 +71,26 @@ class Topics:
         """Inference results of an agent; ``+`` for all."""
         return f"{self.prefix}/agent/{agent}/predictions"
 
+    def model(self, agent: str) -> str:
+        """Which model an agent runs; ``+`` for all."""
+        return f"{self.prefix}/agent/{agent}/model"
+
+    def discovery(self, agent: str) -> str:
+        """Filter for what an agent may announce of itself to Home Assistant, outside the prefix."""
+        return self.discovery_config("+", agent, "+")
+
+    def discovery_config(self, component: str, agent: str, entity: str) -> str:
+        """Where an agent announces an entity: ``{discovery prefix}/{component}/{node}/{entity}/config``."""
+        return f"{DISCOVERY_PREFIX}/{component}/fedge-{self.federation}-{agent}/{entity}/config"
+
+    def release(self, channel: str) -> str:
+        """The signed manifest of a channel, retained."""
+        return f"{self.prefix}/release/{channel}"
+
+    def release_report(self, agent: str) -> str:
+        """What an agent says about a release, retained; ``+`` for all."""
+        return f"{self.prefix}/agent/{agent}/up/release"
+
     def offer(self, agent: str) -> str:
         """Signed messages of an agent: offers and declines."""
         return f"{self.prefix}/agent/{agent}/up/offer"
@@ -108,8 +131,8 @@ class Topics:
         match topic[len(head) :].split("/"):
             case [agent, ("state" | "telemetry") as kind] if is_name(agent):
                 return AgentTopic(agent, kind)
-            case [agent, "up", "offer"] if is_name(agent):
-                return AgentTopic(agent, "offer")
+            case [agent, "up", ("offer" | "release") as kind] if is_name(agent):
+                return AgentTopic(agent, kind)
             case [agent, ("up" | "down") as way, "secagg"] if is_name(agent):
                 return AgentTopic(agent, f"masking {way}")
             case [agent, "down", ("credit" | "receipt") as kind] if is_name(agent):
@@ -119,6 +142,11 @@ class Topics:
             ):
                 return AgentTopic(agent, "chunk", sha256, int(index))
         return None
+
+    def parse_release(self, topic: str) -> str | None:
+        """Parse ``release/{channel}`` into the channel's name; None for anything else."""
+        head, _, channel = topic.rpartition("/")
+        return channel if head == f"{self.prefix}/release" and is_name(channel) else None
 
     def parse_object_chunk(self, topic: str) -> tuple[str, int] | None:
         """Parse ``object/{sha256}/{i}`` into its hash and index; None for anything else."""

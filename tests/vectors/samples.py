@@ -5,8 +5,8 @@ import numpy as np
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 from numpy.typing import NDArray
 
-from federation.errors import Rejection
-from federation.wire import codec, fields, masking, messages, signing, terms, transfer
+from federation.errors import Rejection, ReleaseFault
+from federation.wire import codec, fields, masking, messages, predictions, release, signing, terms, transfer
 
 KEY = Ed25519PrivateKey.from_private_bytes(bytes(range(32)))
 RUN = "0123456789abcdef"
@@ -110,7 +110,61 @@ MASKING: dict[str, fields.Wire] = {
 }
 """Messages of secure aggregation, all of which travel in envelopes."""
 
+RELEASE = release.Release(
+    number=7,
+    run=RUN,
+    round=20,
+    created_at=1750000000.0,
+    format=release.ModelFormat.INT8,
+    model=transfer.make_ref(b"model" * 40, 64),
+    golden=transfer.make_ref(b"golden" * 20, 64),
+    requirements=release.Requirements(opset=20, ir_version=10, min_runtime="1.18", card_format="2"),
+    delta=release.ReleaseDelta(base="4" * 64, object=transfer.make_ref(b"xor" * 20, 64)),
+    metrics=release.ReleaseMetrics(accuracy=0.9875, samples=10_000, drop_points=0.03125, loss=0.0625),
+    privacy=release.ReleasePrivacy(epsilon=3.0, delta=1e-5, level="sample"),
+    notes="more night pictures",
+)
+MANIFEST = release.Manifest(
+    version=31,
+    channel=release.Channel.CANARY,
+    issued_at=1750000000.0,
+    expires_at=1757776000.0,
+    release=RELEASE,
+    share=0.125,
+    next_key=bytes(range(32, 64)),
+)
+ROLLOUT: dict[str, fields.Wire] = {
+    "manifest": MANIFEST,
+    "empty_manifest": msgspec.structs.replace(
+        MANIFEST, channel=release.Channel.STABLE, release=None, share=1.0
+    ),
+    "release_confirmed": release.ReleaseReport(
+        session=SESSION,
+        number=7,
+        sha256=RELEASE.model.sha256,
+        manifest=31,
+        state=release.RolloutState.CONFIRMED,
+        time=1750000100.0,
+        running=7,
+        frames=600,
+        p50_ms=2.5,
+        p99_ms=4.0,
+    ),
+    "release_refused": release.ReleaseReport(
+        session=SESSION,
+        number=7,
+        sha256=RELEASE.model.sha256,
+        manifest=31,
+        state=release.RolloutState.REFUSED,
+        time=1750000100.0,
+        fault=ReleaseFault.TOO_SLOW,
+        detail="p99 130 ms, at most 100 ms",
+        running=6,
+    ),
+}
+
 MSGPACK: dict[str, fields.Wire] = {
+    **ROLLOUT,
     **MASKING,
     "round_plan": PLAN,
     "private_plan": msgspec.structs.replace(PLAN, privacy=TERMS),
@@ -192,6 +246,26 @@ JSON: dict[str, fields.Wire] = {
     ),
     "aggregator_birth": messages.AggregatorState(state="online", session=SESSION, run=RUN, time=1750000000.0),
     "aggregator_death": messages.AggregatorState(state="offline", session=SESSION),
+    "prediction": predictions.PredictionMessage(
+        label="3",
+        confidence=0.96875,
+        top=(("3", 0.96875), ("8", 0.03125)),
+        source="camera 0 #41",
+        latency_ms=2.5,
+        time=1750000000.0,
+        release=7,
+        frames=41,
+        dropped=1,
+    ),
+    "model_state": predictions.ModelState(
+        installed_version="6",
+        latest_version="7",
+        in_progress=True,
+        title="fedge model of home",
+        online=True,
+        session=SESSION,
+        state="testing",
+    ),
 }
 """Messages that are sent as JSON."""
 

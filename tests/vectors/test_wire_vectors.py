@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 from samples import JSON, KEY, LOSSY, MSGPACK, OFFER, TENSORS, lossy_tensors, vectors
 
-from federation.wire import codec, masking, messages, signing, terms
+from federation.wire import codec, masking, messages, predictions, release, signing, terms
 from federation.wire.encodings import ENCODINGS, RAW, ZERO, encoding_named
 from federation.wire.fields import Wire
 
@@ -99,5 +99,5 @@ def header_of(frame: bytes) -> Any:
 def test_every_message_has_a_sample() -> None:
     sampled = {kind for message in (*MSGPACK.values(), *JSON.values()) for kind in structs_in(message)}
     kinds = {*Wire.__subclasses__(), *masking.MaskingMessage.__subclasses__()} - {masking.MaskingMessage}
-    modules = {messages.__name__, terms.__name__, masking.__name__}
+    modules = {module.__name__ for module in (messages, terms, masking, release, predictions)}
     assert sampled == {kind for kind in kinds if kind.__module__ in modules}

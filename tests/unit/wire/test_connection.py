@@ -7,7 +7,9 @@ from collections.abc import Iterator
 import pytest
 
 from federation.errors import BrokerRefusedError
-from federation.wire.link import BrokerAddress, Connected, Disconnected, Inbox, Link, Message
+from federation.wire.connection import Connection, Meter
+from federation.wire.link import BrokerAddress, Connected, Disconnected, Inbox, Limits, Link, Message, Will
+from federation.wire.sending import SendQueue, Wake, publish_job
 
 WAIT_S = 20.0
 CONNACK_5 = b"\x20\x03\x00\x00\x00"
@@ -38,6 +40,13 @@ class ScriptedBroker:
             else:
                 connection.sendall(script)
                 self._open.append(connection)
+
+    def rest(self) -> bytes:
+        """What the first client has sent since its CONNECT, once it has hung up."""
+        self._thread.join(WAIT_S)
+        (connection,) = self._open
+        connection.settimeout(WAIT_S)
+        return b"".join(iter(lambda: connection.recv(4096), b""))
 
     def close(self) -> None:
         self._server.shutdown(socket.SHUT_RDWR)  # wakes the thread in accept(), which close() does not
@@ -144,3 +153,67 @@ def test_a_topic_that_is_not_utf_8_is_dropped_and_the_next_message_arrives(scrip
         assert link.connected
     finally:
         link.stop()
+
+
+class Stopping:
+    """Stops a connection as ``Link.stop()`` would from another thread, just as its loop asks whether it should end."""
+
+    def __init__(self, broker: ScriptedBroker, *, once_let_in: bool) -> None:
+        self._wake = Wake()
+        self._queue = SendQueue(16, self._wake)
+        self._once_let_in = once_let_in
+        self._asked = False
+        self._connection = Connection(
+            broker.address,
+            None,
+            "me",
+            version=3,
+            keepalive_s=60,
+            will=Will("state", b"dead"),
+            will_delay_s=0,
+            resume=False,
+            filters=set(),
+            queue=self._queue,
+            meter=Meter(),
+            wake=self._wake,
+            emit=lambda _: None,
+            opened=self._queue.open,
+        )
+
+    def run(self) -> None:
+        self._connection.run(self._is_asked)
+        self._wake.close()
+
+    def _is_asked(self) -> bool:
+        if not self._asked and (self._queue.is_open or not self._once_let_in):
+            self._queue.end([publish_job("state", b"bye", qos=0, retain=True)])
+            self._asked = True
+        return self._asked
+
+
+LAST_WORDS = b"\x31\x0a\x00\x05statebye"
+DISCONNECT = b"\xe0\x00"
+
+
+@scripts(CONNACK_3)
+def test_last_words_that_come_in_the_middle_of_a_turn_are_said_before_the_end(
+    scripted: ScriptedBroker,
+) -> None:
+    Stopping(scripted, once_let_in=True).run()
+    assert scripted.rest() == LAST_WORDS + DISCONNECT
+
+
+@scripts(b"")
+def test_a_stop_before_the_broker_has_let_us_in_leaves_the_last_words_to_the_will(
+    scripted: ScriptedBroker,
+) -> None:
+    Stopping(scripted, once_let_in=False).run()
+    assert scripted.rest() == b"", "DISCONNECT would take back the will"
+
+
+def test_last_words_without_a_broker_are_not_said_to_the_next_one() -> None:
+    queue = SendQueue(16, Wake())
+    queue.end([publish_job("state", b"bye", qos=1, retain=True)])
+    queue.open(Limits())
+    assert queue.unsaid
+    assert queue.take(acks_free=True, idle=True) is None

@@ -9,7 +9,7 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 
 from federation.errors import PeerError, Rejection
-from federation.wire import messages
+from federation.wire import messages, predictions
 from federation.wire.fields import Wire
 from federation.wire.messages import ObjectRef, decode_json, decode_msgpack, encode_json, encode_msgpack
 from federation.wire.signing import Envelope
@@ -61,7 +61,9 @@ def step(base: str) -> dict[str, Any]:
 
 
 def test_every_struct_is_tried() -> None:
-    assert {Envelope, messages.UpdateOffer, messages.Telemetry, ObjectRef} <= set(KINDS)
+    assert {Envelope, messages.UpdateOffer, messages.Telemetry, predictions.ModelState, ObjectRef} <= set(
+        KINDS
+    )
 
 
 @pytest.mark.parametrize("kind", KINDS, ids=str)

@@ -7,10 +7,10 @@ import pytest
 import torch
 from PIL import Image
 
-from edge_agent.inference.engine import Engine
 from export.convert import export_onnx
 from federation.task.checkpoint import CheckpointInfo, checkpoint_bytes
 from federation.task.data import open_data
+from federation.task.engine import Engine
 from federation.task.models import build, state_arrays
 from federation.wire.messages import TaskSpec
 

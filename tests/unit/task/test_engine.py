@@ -1,4 +1,4 @@
-"""edge_agent.inference.engine: a picture becomes a label, and a foreign model a clear refusal."""
+"""federation.task.engine: a picture becomes a label, and a foreign model a clear refusal."""
 
 import math
 from pathlib import Path
@@ -8,8 +8,8 @@ import pytest
 from linear_model import card, make_model
 from PIL import Image
 
-from edge_agent.inference.engine import Engine, softmax
 from federation.errors import ConfigError, VerificationError
+from federation.task.engine import Engine, softmax
 from federation.task.preprocessing import Preprocessing
 
 BRIGHT = np.full((6, 9), 255, np.uint8)
