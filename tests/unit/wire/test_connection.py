@@ -8,7 +8,7 @@ import pytest
 
 from federation.errors import BrokerRefusedError
 from federation.wire.connection import Connection, Meter
-from federation.wire.link import BrokerAddress, Connected, Disconnected, Inbox, Limits, Link, Message, Will
+from federation.wire.link import BrokerAddress, Connected, Disconnected, Inbox, Link, Message, Will
 from federation.wire.sending import SendQueue, Wake, publish_job
 
 WAIT_S = 20.0
@@ -209,11 +209,3 @@ def test_a_stop_before_the_broker_has_let_us_in_leaves_the_last_words_to_the_wil
 ) -> None:
     Stopping(scripted, once_let_in=False).run()
     assert scripted.rest() == b"", "DISCONNECT would take back the will"
-
-
-def test_last_words_without_a_broker_are_not_said_to_the_next_one() -> None:
-    queue = SendQueue(16, Wake())
-    queue.end([publish_job("state", b"bye", qos=1, retain=True)])
-    queue.open(Limits())
-    assert queue.unsaid
-    assert queue.take(acks_free=True, idle=True) is None

@@ -92,10 +92,29 @@ def test_bulk_that_waited_for_room_takes_none_from_control() -> None:
 def test_last_words_overtake_and_chunks_are_dropped() -> None:
     queue = opened()
     queue.put(chunk("chunk/0"))
-    queue.end()
-    assert queue.put(control("farewell", qos=1))
+    queue.end([control("farewell", qos=1)])
     assert queue.put(chunk("chunk/1"))
     assert drained(queue) == ["farewell"]
+    assert not queue.unsaid
+
+
+def test_control_waits_until_it_is_handed_on() -> None:
+    queue = opened()
+    queue.put(chunk("chunk/0"))
+    waits = [queue.control_waits]
+    queue.end([control("farewell", qos=1)])
+    waits.append(queue.control_waits)
+    drained(queue)
+    assert [*waits, queue.control_waits] == [False, True, False]
+
+
+def test_last_words_without_a_broker_stay_unsaid() -> None:
+    queue = opened()
+    queue.close()
+    queue.end([control("farewell", qos=1)])
+    queue.open(Limits())
+    assert queue.unsaid
+    assert drained(queue) == []
 
 
 def test_a_chunk_over_the_limit_is_refused() -> None:
