@@ -18,8 +18,9 @@ import privacy.cli
 from aggregator.accounts import Account, rights
 from aggregator.config import AggregatorConfig
 from federation.config import describe
-from federation.errors import ExitCode, Rejection
-from federation.wire import masking, messages
+from federation.bundle import Bundle
+from federation.errors import ExitCode, Rejection, ReleaseFault
+from federation.wire import masking, messages, predictions, release
 from federation.wire.encodings import ENCODINGS, RAW, ZERO, encoding_named
 from federation.wire.signing import Envelope
 from federation.wire.topics import Topics
@@ -114,6 +115,9 @@ def test_every_setting_is_described_and_the_page_is_current() -> None:
 def test_the_protocol_names_every_code_and_encoding() -> None:
     table = PROTOCOL.partition("Codes of refusals")[2].partition("## 10.")[0]
     assert set(re.findall(r"^\| `(\w+)` \|", table, re.MULTILINE)) == {code.value for code in Rejection}
+    faults = PROTOCOL.partition("| `fault` | when |\n|---|---|\n")[2].partition("\n\n")[0]
+    named = {code for row in faults.splitlines() for code in re.findall(r"`(\w+)`", row.split("|")[1])}
+    assert named == {fault.value for fault in ReleaseFault}
     schemes = PROTOCOL.partition("| scheme | parameters |")[2].partition("\n\n")[0]
     sent = {ZERO.name, RAW.name}
     for family in ENCODINGS.values():
@@ -142,6 +146,16 @@ def test_the_protocol_names_every_code_and_encoding() -> None:
         messages.Telemetry,
         messages.AgentState,
         messages.AggregatorState,
+        Bundle,
+        release.Requirements,
+        release.ReleaseMetrics,
+        release.ReleasePrivacy,
+        release.ReleaseDelta,
+        release.Release,
+        release.Manifest,
+        release.ReleaseReport,
+        predictions.PredictionMessage,
+        predictions.ModelState,
         masking.Member,
         *masking.MaskingMessage.__subclasses__(),
     ],
@@ -166,7 +180,8 @@ def test_the_protocols_rights_are_those_that_the_enrolment_grants() -> None:
     granted = rights(account, topics)
 
     def plain(filters: tuple[str, ...]) -> set[str]:
-        return {text.removeprefix(f"{topics.prefix}/").replace("pi1", "{id}") for text in filters}
+        named = (text.replace(f"-{topics.federation}-", "-{federation}-") for text in filters)
+        return {text.removeprefix(f"{topics.prefix}/").replace("pi1", "{id}") for text in named}
 
     assert (set(publish), set(subscribe)) == (plain(granted.publish), plain(granted.subscribe))
 
