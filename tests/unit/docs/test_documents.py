@@ -17,8 +17,8 @@ import export.cli
 import privacy.cli
 from aggregator.accounts import Account, rights
 from aggregator.config import AggregatorConfig
-from federation.config import describe
 from federation.bundle import Bundle
+from federation.config import describe
 from federation.errors import ExitCode, Rejection, ReleaseFault
 from federation.wire import masking, messages, predictions, release
 from federation.wire.encodings import ENCODINGS, RAW, ZERO, encoding_named
