@@ -19,6 +19,7 @@ from msgspec import Struct
 
 from aggregator import mosquitto, nats
 from aggregator.accounts import Account, new_account
+from aggregator.release_keys import ReleaseKeys
 from federation.bundle import Bundle, address
 from federation.errors import ConfigError
 from federation.files import disk_error, write_whole
@@ -140,6 +141,7 @@ class Enrolment:
             broker=broker_url,
             username=name,
             password=password,
+            release_keys=ReleaseKeys(self.state_dir).pair().pinned,
             ca_pem=ca_pem,
         )
         address(bundle)
