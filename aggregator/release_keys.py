@@ -39,7 +39,6 @@ _FOLDER = "identity"
 _LOCK_FILE = "release.lock"
 _PRIVATE = 0o600
 _PRIVATE_FOLDER = 0o700
-_PUBLIC = 0o644
 
 _log = structlog.get_logger()
 
@@ -201,7 +200,7 @@ class ReleaseKeys:
             ) from error
 
     def _write_public(self, key: Ed25519PrivateKey) -> None:
-        write_whole(self._public_file, public_key_hex(key).encode() + b"\n", mode=_PUBLIC)
+        write_whole(self._public_file, public_key_hex(key).encode() + b"\n", mode=_PRIVATE)
 
     @contextmanager
     def _exclusive(self) -> Iterator[None]:

@@ -179,7 +179,14 @@ def test_an_agent_may_do_exactly_what_the_protocol_gives_it() -> None:
     account, _ = new_account("pi1", "00" * 32)
     own = "fedge/1/fleet/agent/pi1"
     granted = rights(account, topics)
-    assert set(granted.publish) == {f"{own}/state", f"{own}/telemetry", f"{own}/up/#", f"{own}/predictions"}
+    assert set(granted.publish) == {
+        f"{own}/state",
+        f"{own}/telemetry",
+        f"{own}/up/#",
+        f"{own}/predictions",
+        f"{own}/model",
+        "homeassistant/+/fedge-fleet-pi1/+/config",
+    }
     assert set(granted.subscribe) == {
         "fedge/1/fleet/aggregator",
         "fedge/1/fleet/plan",
