@@ -116,7 +116,7 @@ def run_demo(*, data: str, folder: Path, agents: int, rounds: int, settings: Seq
     console.print("\n[bold]Export[/] to ONNX, with a parity check against torch:")
     _show(console, "export.cli", "onnx", str(state), "-o", str(model))
     console.print("\n[bold]Inference[/] on unseen images, as a device does it (onnxruntime, no torch):")
-    _show(console, "edge_agent.cli", "infer", str(model), "--source", str(images))
+    _show(console, "edge_agent.cli", "infer", "--model", str(model), "--source", str(images))
     _conclude(console, report, folder, model, time.monotonic() - began)
 
 
@@ -244,7 +244,7 @@ def _conclude(console: Console, report: Report, folder: Path, model: Path, secon
         f"  logs         {folder / 'logs'}\n"
         "Next:\n"
         f"  {_typed('aggregator')} status {folder / 'aggregator'}\n"
-        f"  {_typed('edge-agent')} infer {model} --source {folder / 'unseen'}\n"
+        f"  {_typed('edge-agent')} infer --model {model} --source {folder / 'unseen'}\n"
         f"  {_typed('aggregator')} init            # write fedge.toml for a federation of your own",
         soft_wrap=True,
     )

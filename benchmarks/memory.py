@@ -131,7 +131,7 @@ def inference_memory(children: Children, options: Options, data: str, suffix: st
     for repeat in range(repeats):
         infer = children.start(
             f"infer-memory-{repeat}",
-            *module("edge_agent.cli", "infer", str(model), "--source", str(pictures)),
+            *module("edge_agent.cli", "infer", "--model", str(model), "--source", str(pictures)),
         )
         children.wait(infer, START_S)
         peaks.append(infer.peak_mb)

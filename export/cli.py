@@ -79,7 +79,7 @@ def _describe(report: ExportReport) -> str:
         "hold-out": "not measured"
         if metrics is None
         else f"{metrics.accuracy:.2%} of {metrics.samples} images, loss {metrics.loss:.4f}",
-        "next": f"edge-agent infer {shlex.quote(str(report.path))} --source FOLDER",
+        "next": f"edge-agent infer --model {shlex.quote(str(report.path))} --source FOLDER",
     }
     width = max(len(name) for name in rows)
     return "\n".join(f"{name:<{width}}  {value}" for name, value in rows.items())

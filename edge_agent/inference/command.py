@@ -15,14 +15,26 @@ if TYPE_CHECKING:
     from federation.task.engine import Engine
 
 
+CURRENT = "current"
+"""Names the release that the aggregator rolls out, where a file could stand."""
+
+
 def infer(
-    *,
-    model: Annotated[Path, typer.Argument(help="An ONNX file that `model-export onnx` wrote.")],
     source: Annotated[
-        str, typer.Option(help="A picture, a folder (searched recursively), or - for paths on stdin.")
-    ],
-    threads: Annotated[int, typer.Option(min=1, max=256, help="CPU threads for the model.")] = 1,
-    top: Annotated[int, typer.Option(min=1, max=4096, help="How many classes to show for each picture.")] = 3,
+        str | None, typer.Option(help="A picture, a folder (searched recursively), or - for paths on stdin.")
+    ] = None,
+    model: Annotated[
+        str | None, typer.Option("--model", help="An ONNX file that `model-export onnx` wrote.")
+    ] = None,
+    threads: Annotated[
+        int | None, typer.Option("--threads", min=1, max=256, help="CPU threads for the model.")
+    ] = None,
+    top: Annotated[
+        int | None, typer.Option("--top", min=1, max=4096, help="How many classes to show for each picture.")
+    ] = None,
+    file: Annotated[
+        Path | None, typer.Option("--config", "-c", help="TOML file with what the flags say, in [inference].")
+    ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON lines.")] = False,
     limit: Annotated[int, typer.Option(min=0, help="Stop after so many pictures; 0 means no limit.")] = 0,
 ) -> None:
@@ -30,18 +42,31 @@ def infer(
 
     Pictures that cannot be read are told on stderr and skipped; only if none can be read is that an error (2).
     """
+    from edge_agent.config import AgentConfig
+    from federation.config import load
+
+    flags = {"source": source, "model": model, "threads": threads, "top": top}
+    settings = load(
+        AgentConfig, file=file, flags={f"inference.{name}": value for name, value in flags.items()}
+    ).inference
+    if not settings.source:
+        raise ConfigError("nothing to look at: give --source, e.g. --source /home/pi/pictures")
+    if settings.model == CURRENT:
+        raise ConfigError("no model: give --model FILE, which `model-export onnx` writes")
+
     from edge_agent.inference.sinks import JsonSink, TextSink
     from federation.task.engine import Engine
 
     sink = (JsonSink if as_json else TextSink)(sys.stdout, sys.stderr)
-    summary = classify(Engine(model, threads=threads, top=top), source, sink, limit=limit)
+    engine = Engine(Path(settings.model), threads=settings.threads, top=settings.top)
+    summary = classify(engine, settings.source, sink, limit=limit)
     if not summary.images:
         what = (
             f"none of its {summary.unreadable} pictures can be read"
             if summary.unreadable
             else "it has no pictures"
         )
-        raise ConfigError(f"nothing to classify in --source {source}: {what}")
+        raise ConfigError(f"nothing to classify in --source {settings.source}: {what}")
 
 
 def classify(engine: "Engine", source: str, sink: "Sink", *, limit: int = 0) -> "Summary":

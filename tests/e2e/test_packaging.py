@@ -85,7 +85,7 @@ def test_a_device_infers_without_torch(scripts: Path, model: Path, tmp_path: Pat
     assert "ModuleNotFoundError" in missing.stderr
     pixels = np.random.default_rng(0).integers(0, 255, (8, 8), dtype=np.uint8)
     Image.fromarray(pixels).save(tmp_path / "a.png")
-    done = run(scripts / "edge-agent", "infer", model, "--source", tmp_path)
+    done = run(scripts / "edge-agent", "infer", "--model", model, "--source", tmp_path)
     assert done.returncode == 0, done.stderr
     assert "a.png" in done.stdout
     assert "1 image" in done.stdout

@@ -92,7 +92,7 @@ def test_the_model_comes_out_as_onnx_and_reads_digits_that_no_agent_has_seen(
     exported = run_command("export.cli", "onnx", undisturbed.federation.state, "-o", model)
     assert exported.returncode == 0, exported.stderr
     images = write_samples("digits", tmp_path / "unseen", count=20)
-    inferred = run_command("edge_agent.cli", "infer", model, "--source", images, "--json")
+    inferred = run_command("edge_agent.cli", "infer", "--model", model, "--source", images, "--json")
     assert inferred.returncode == 0, inferred.stderr
     lines = [json.loads(line) for line in inferred.stdout.splitlines()]
     right = [line for line in lines if "label" in line and line["file"].endswith(f"-{line['label']}.png")]

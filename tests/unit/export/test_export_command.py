@@ -39,7 +39,7 @@ def test_a_state_folder_gives_its_newest_round(tmp_path: Path, state: Path) -> N
     done = _export(tmp_path, state)
     assert (done.returncode, done.stderr) == (0, "")
     assert (tmp_path / "cnn-round-2.onnx").is_file()
-    assert "edge-agent infer cnn-round-2.onnx --source" in done.stdout
+    assert "edge-agent infer --model cnn-round-2.onnx --source" in done.stdout
     assert "within" in done.stdout
     assert "yes, no" in done.stdout
     assert len(done.stdout.splitlines()) == 7

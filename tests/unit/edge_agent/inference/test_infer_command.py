@@ -64,7 +64,7 @@ def pictures(tmp_path: Path) -> Path:
 
 
 def test_a_folder_is_read_in_order(tmp_path: Path, pictures: Path) -> None:
-    done = _infer(make_model(tmp_path), "--source", pictures, "--top", "2")
+    done = _infer("--model", make_model(tmp_path), "--source", pictures, "--top", "2")
     assert (done.returncode, done.stderr) == (0, "")
     *lines, summary = done.stdout.splitlines()
     assert [line.split("  ")[:3] for line in lines] == [
@@ -79,7 +79,7 @@ def test_a_folder_is_read_in_order(tmp_path: Path, pictures: Path) -> None:
 
 def test_json_lines_are_for_programs(tmp_path: Path, pictures: Path) -> None:
     (pictures / "b" / "0.png").write_bytes(b"\x89PNG\r\n\x1a\nbroken")
-    done = _infer(make_model(tmp_path), "--source", pictures, "--json")
+    done = _infer("--model", make_model(tmp_path), "--source", pictures, "--json")
     assert done.returncode == 0
     first, broken, *_, last = map(json.loads, done.stdout.splitlines())
     assert first["file"] == f"{pictures}/a.png"
@@ -95,7 +95,7 @@ def test_unreadable_pictures_are_told_and_skipped(tmp_path: Path, pictures: Path
     whole = (pictures / "b" / "2.png").read_bytes()
     (pictures / "b" / "cut.png").write_bytes(whole[: len(whole) // 2])
     (pictures / "gone.png").symlink_to(pictures / "nowhere")
-    done = _infer(make_model(tmp_path), "--source", pictures)
+    done = _infer("--model", make_model(tmp_path), "--source", pictures)
     assert done.returncode == 0
     assert done.stderr.splitlines()[0].startswith(f"skipped {pictures}/gone.png: No such file")
     assert done.stderr.splitlines()[1].startswith(f"skipped {pictures}/b/cut.png: ")
@@ -104,28 +104,28 @@ def test_unreadable_pictures_are_told_and_skipped(tmp_path: Path, pictures: Path
 
 def test_paths_come_from_stdin_up_to_the_limit(tmp_path: Path, pictures: Path) -> None:
     paths = f"{pictures}/b/1.jpg\n\n{pictures}/a.png\r\n{pictures}/b/2.png\n"
-    done = _infer(make_model(tmp_path), "--source", "-", "--limit", "2", stdin=paths)
+    done = _infer("--model", make_model(tmp_path), "--source", "-", "--limit", "2", stdin=paths)
     assert (done.returncode, done.stderr) == (0, "")
     assert [line.split("  ")[1] for line in done.stdout.splitlines()[:-1]] == ["dark", "bright"]
 
 
 def test_nothing_to_classify_is_an_error(tmp_path: Path, pictures: Path) -> None:
     model = make_model(tmp_path)
-    missing = _infer(model, "--source", tmp_path / "missing")
+    missing = _infer("--model", model, "--source", tmp_path / "missing")
     assert (missing.returncode, missing.stdout) == (2, "")
     assert missing.stderr.startswith("error: --source")
     (tmp_path / "empty").mkdir()
-    empty = _infer(model, "--source", tmp_path / "empty")
+    empty = _infer("--model", model, "--source", tmp_path / "empty")
     assert empty.returncode == 2
     assert "it has no pictures" in empty.stderr
-    broken = _infer(model, "--source", pictures / "notes.txt")
+    broken = _infer("--model", model, "--source", pictures / "notes.txt")
     assert broken.returncode == 2
     assert "none of its 1 pictures can be read" in broken.stderr
     assert "Traceback" not in missing.stderr + empty.stderr + broken.stderr
 
 
 def test_a_foreign_model_is_one_line(tmp_path: Path, pictures: Path) -> None:
-    done = _infer(make_model(tmp_path, {}), "--source", pictures)
+    done = _infer("--model", make_model(tmp_path, {}), "--source", pictures)
     assert (done.returncode, done.stdout) == (2, "")
     (line,) = done.stderr.splitlines()
     assert "model-export onnx" in line
@@ -133,7 +133,7 @@ def test_a_foreign_model_is_one_line(tmp_path: Path, pictures: Path) -> None:
 
 def test_torch_is_never_imported_and_memory_stays_small(tmp_path: Path, pictures: Path) -> None:
     report = tmp_path / "report"
-    done = _infer(make_model(tmp_path), "--source", pictures, report=report)
+    done = _infer("--model", make_model(tmp_path), "--source", pictures, report=report)
     assert done.returncode == 0
     peak_kb, *modules = report.read_text().splitlines()
     assert (TORCH_SIDE | NOT_NEEDED).intersection(modules) == set()
