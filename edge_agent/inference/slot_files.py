@@ -1,0 +1,167 @@
+"""What lies in a device's folder of models, and how it is read: also by commands that only look.
+
+slots/SHA256/     a release folder, named after its model (``federation.release``)
+parts/SHA256.part what is being fetched
+current, previous symbolic links to the slot that runs and the one to go back to
+trial.json        the probation of ``current``, while it lasts
+quarantine/SHA256.json  a model that failed here, and how
+lock              held by the process that owns all this
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated
+
+import msgspec
+from msgspec import Meta, Struct
+
+from federation.errors import ConfigError, PeerError, ReleaseError, ReleaseFault
+from federation.release import GOLDEN_FILE, MANIFEST_FILE, MODEL_FILE, read_manifest
+from federation.wire.fields import Count, NonNegative, Sha256, Text
+from federation.wire.messages import decode_msgpack
+from federation.wire.release import Manifest, Release, ReleaseNumber
+from federation.wire.signing import Envelope
+
+SLOTS, PARTS, QUARANTINE = "slots", "parts", "quarantine"
+CURRENT, PREVIOUS = "current", "previous"
+TRIAL_FILE = "trial.json"
+LOCK_FILE = "lock"
+
+
+@dataclass(frozen=True, slots=True)
+class Slot:
+    """An installed release.
+
+    Attributes:
+        sha256: Of its model; names the folder.
+        folder: Where it is.
+        release: What the manifest says of it.
+        manifest_version: Version of the manifest that brought it.
+    """
+
+    sha256: str
+    folder: Path
+    release: Release
+    manifest_version: int
+
+    @property
+    def model(self) -> Path:
+        """The ONNX file."""
+        return self.folder / MODEL_FILE
+
+    @property
+    def golden(self) -> Path:
+        """Inputs and what the model must answer."""
+        return self.folder / GOLDEN_FILE
+
+
+class Trial(Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
+    """A probation.
+
+    Attributes:
+        sha256: Of the model that is on probation.
+        number: Of its release.
+        since: Unix seconds.
+        starts: Process starts since then, less the orderly stops.
+    """
+
+    sha256: Sha256
+    number: ReleaseNumber
+    since: NonNegative
+    starts: Count = 0
+
+
+class Quarantined(Struct, frozen=True, kw_only=True):
+    """A model that this device does not take again.
+
+    Attributes:
+        sha256: Of the model.
+        number: Of the release; None if it is not known any more.
+        fault: What was wrong.
+        detail: For people.
+        time: Unix seconds.
+    """
+
+    sha256: Sha256
+    number: Annotated[int, Meta(ge=1)] | None
+    fault: ReleaseFault
+    detail: Text
+    time: NonNegative
+
+
+def read_slot(folder: Path) -> Slot:
+    """Read what a slot holds. Neither hashes nor the signature are checked: both were when it was installed.
+
+    Raises:
+        ReleaseError: ``malformed`` if it was not installed to the end, or is damaged.
+    """
+    try:
+        envelope = decode_msgpack(read_manifest(folder), Envelope)
+        manifest = decode_msgpack(envelope.body, Manifest)
+    except (ConfigError, PeerError) as error:
+        raise ReleaseError(ReleaseFault.MALFORMED, f"{folder / MANIFEST_FILE}: {error}") from error
+    release = manifest.release
+    if release is None or release.model.sha256 != folder.name:
+        raise ReleaseError(
+            ReleaseFault.MALFORMED, f"{folder / MANIFEST_FILE} is not about the model beside it"
+        )
+    return Slot(folder.name, folder, release, manifest.version)
+
+
+def installed(root: Path) -> Iterator[Slot]:
+    """All slots that can be read, in no order."""
+    for folder in _entries(root / SLOTS):
+        try:
+            yield read_slot(folder)
+        except ReleaseError:  # a leftover of an installation: not a slot yet, or not any more
+            continue
+
+
+def linked(root: Path, name: str) -> Path | None:
+    """The slot's folder that ``current`` or ``previous`` names, whether it is there or not; None without the link."""
+    try:
+        target = (root / name).readlink()
+    except FileNotFoundError:
+        return None
+    except OSError as error:
+        raise ConfigError(f"{root / name} is not a link to a slot: delete it") from error
+    return root / SLOTS / target.name
+
+
+def read_trial(root: Path) -> Trial | None:
+    """The probation that is going on, or None; a damaged record is none."""
+    try:
+        return msgspec.json.decode((root / TRIAL_FILE).read_bytes(), type=Trial)
+    except (FileNotFoundError, msgspec.DecodeError):
+        return None
+
+
+def read_quarantined(root: Path, sha256: str) -> Quarantined | None:
+    """Why a model is in quarantine, or None. A record that cannot be read still keeps its model out."""
+    path = root / QUARANTINE / f"{sha256}.json"
+    try:
+        return msgspec.json.decode(path.read_bytes(), type=Quarantined)
+    except FileNotFoundError:
+        return None
+    except (OSError, msgspec.DecodeError) as error:
+        return Quarantined(
+            sha256=sha256,
+            number=None,
+            fault=ReleaseFault.QUARANTINED,
+            detail=f"{path} cannot be read: {error}",
+            time=0,
+        )
+
+
+def all_quarantined(root: Path) -> list[Quarantined]:
+    """All models in quarantine, the latest first."""
+    found = (read_quarantined(root, path.stem) for path in _entries(root / QUARANTINE))
+    return sorted((one for one in found if one is not None), key=lambda one: one.time, reverse=True)
+
+
+def _entries(folder: Path) -> list[Path]:
+    try:
+        return [path for path in folder.iterdir() if not path.name.startswith(".")]
+    except FileNotFoundError:
+        return []

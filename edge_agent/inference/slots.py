@@ -1,0 +1,495 @@
+"""The models of a device: fetched, installed, activated and given up so that any power cut leaves a good one.
+
+Every step is durable before the next begins, and each leaves the folder (``slot_files``) in a state from which the
+device starts with a model that it had tested, the old one or the new one:
+
+* *Install*: model, then golden set, each checked by its hash; the manifest last. Without a manifest it is no slot.
+* *Activate*: the probation's record, then ``previous``, then ``current``. A record about another model than ``current``
+  means that the power went in between; it is dropped.
+* *Roll back*: the quarantine's record, then ``current``, then the end of the probation. A ``current`` that is in
+  quarantine means that the power went in between; opening the folder goes on from there.
+"""
+
+import errno
+import fcntl
+import os
+import shutil
+import tempfile
+import time
+from collections.abc import Callable, Collection, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from types import TracebackType
+from typing import Self
+
+import msgspec
+import structlog
+
+from edge_agent.inference.slot_files import (
+    CURRENT,
+    LOCK_FILE,
+    PARTS,
+    PREVIOUS,
+    QUARANTINE,
+    SLOTS,
+    TRIAL_FILE,
+    Quarantined,
+    Slot,
+    Trial,
+    installed,
+    linked,
+    read_quarantined,
+    read_slot,
+    read_trial,
+)
+from federation.errors import ConfigError, PeerError, ReleaseError, ReleaseFault
+from federation.files import disk_error, sync_folder, write_whole
+from federation.release import GOLDEN_FILE, MANIFEST_FILE, MODEL_FILE, check_file, check_files
+from federation.wire.messages import ObjectRef
+from federation.wire.objects import PartialObject
+from federation.wire.release import Release
+
+CRASHES = 3
+"""So many starts in one probation without an orderly stop between them are a crash loop."""
+
+MARGIN_BYTES = 16 * 2**20
+"""Left free on the disk when a release is fetched: the ledger, the outbox and the system's logs live there too."""
+
+_BLOCK_BYTES = 512
+"""Unit of ``st_blocks``, whatever the file system's own blocks are (POSIX, sys/stat.h)."""
+
+_MAX_DETAIL = 1000
+_FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
+"""No room: on the disk, in the quota, or below the process's own limit on files."""
+
+_log = structlog.get_logger()
+
+
+class Slots:
+    """The folder of models, owned by one process and used by one of its threads.
+
+    Args:
+        folder: Created where it is not there.
+        clock: Unix seconds.
+
+    Attributes:
+        folder: Where everything is.
+        current: The slot to run, its model checked against its hash when the folder was opened; None: there is none.
+        trial: The probation of ``current``; None if it was confirmed.
+
+    Raises:
+        ConfigError: If another process uses the folder, or the disk is not writable.
+    """
+
+    def __init__(self, folder: Path, *, clock: Callable[[], float] = time.time) -> None:
+        self.folder = folder
+        self.current: Slot | None = None
+        self.trial: Trial | None = None
+        self._clock = clock
+        self._fetching: set[str] = set()
+        try:
+            for name in (SLOTS, PARTS, QUARANTINE):
+                (folder / name).mkdir(parents=True, exist_ok=True)
+            self._lock = os.open(folder / LOCK_FILE, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+        except OSError as error:
+            raise disk_error(error, folder) from error
+        try:
+            self._take_lock()
+            self._sweep()
+            self._start()
+        except BaseException:
+            os.close(self._lock)
+            raise
+
+    def close(self) -> None:
+        """Let another process have the folder. Does nothing the second time."""
+        if self._lock >= 0:
+            os.close(self._lock)
+            self._lock = -1
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    @property
+    def previous(self) -> Slot | None:
+        """The slot to go back to; None if there is none, it is ``current`` itself, or it is in quarantine."""
+        slot = self._linked(PREVIOUS)
+        if slot is None or self.quarantined(slot.sha256) is not None:
+            return None
+        return None if self.current is not None and slot.sha256 == self.current.sha256 else slot
+
+    def find(self, sha256: str) -> Slot | None:
+        """The slot with a model, or None."""
+        try:
+            return read_slot(self.folder / SLOTS / sha256)
+        except ReleaseError:
+            return None
+
+    def check(self, slot: Slot) -> None:
+        """Compare the files of a slot with what was signed.
+
+        Raises:
+            ReleaseError: ``wrong_hash``.
+        """
+        check_files(slot.folder, slot.release)
+
+    # Fetch and install.
+
+    def missing(self, release: Release) -> tuple[ObjectRef, ...]:
+        """What must still be fetched to install a release: its model, its golden set, both or nothing."""
+        folder = self.folder / SLOTS / release.model.sha256
+        wanted = ((folder / MODEL_FILE, release.model), (folder / GOLDEN_FILE, release.golden))
+        return tuple(ref for path, ref in wanted if not _is(path, ref))
+
+    def open_part(self, ref: ObjectRef) -> PartialObject:
+        """Go on fetching an object, or begin. Its space is reserved, and what nobody fetches any more makes room for it.
+
+        Raises:
+            ReleaseError: ``no_space``; also from ``write`` of what is returned. Nothing is lost.
+            ConfigError: If the disk is not writable.
+        """
+        path = self._part(ref)
+        self._fetching.add(ref.sha256)
+        with _full_disk(path):
+            if self._lacking(path, ref.length) > 0:
+                self.collect_garbage(0, self._fetching)
+            lacking = self._lacking(path, ref.length)
+            if lacking > 0:
+                raise ReleaseError(
+                    ReleaseFault.NO_SPACE,
+                    f"{ref.length} bytes to fetch and {MARGIN_BYTES} to leave free, {lacking} more than the disk of "
+                    f"{self.folder} has: free some",
+                )
+            return _ReleasePart(path, ref)
+
+    def install(self, release: Release, envelope: bytes) -> Slot:
+        """Make a slot of what was fetched. Where it is installed already, the newer manifest takes the older's place.
+
+        Args:
+            release: Of a manifest that was verified.
+            envelope: That manifest's.
+
+        Raises:
+            ReleaseError: ``wrong_hash`` if something is missing or is not what was signed: what is wrong was deleted,
+                fetch it again; ``no_space``.
+            ConfigError: If the disk is not writable.
+        """
+        folder = self.folder / SLOTS / release.model.sha256
+        with _full_disk(folder):
+            if not folder.is_dir():
+                folder.mkdir()
+                sync_folder(folder.parent)
+            for name, ref in ((MODEL_FILE, release.model), (GOLDEN_FILE, release.golden)):
+                if not _is(folder / name, ref):
+                    self._finish(ref, folder / name)
+            write_whole(folder / MANIFEST_FILE, envelope)
+        slot = read_slot(folder)
+        if self.current is not None and self.current.sha256 == slot.sha256:
+            self.current = slot
+        return slot
+
+    # Activate, and go back.
+
+    def activate(self, slot: Slot) -> None:
+        """Make a slot the current one, on probation; the one that was becomes the previous one.
+
+        Does nothing to the slot that is current already.
+
+        Raises:
+            ReleaseError: ``wrong_hash`` if the slot is damaged, ``quarantined``, ``no_space``: the old one stays current.
+            ConfigError: If the disk is not writable.
+        """
+        if self.current is not None and self.current.sha256 == slot.sha256:
+            return
+        reason = self.quarantined(slot.sha256)
+        if reason is not None:
+            raise ReleaseError(ReleaseFault.QUARANTINED, reason)
+        check_file(slot.model, slot.release.model)
+        with _full_disk(self.folder):
+            trial = Trial(sha256=slot.sha256, number=slot.release.number, since=self._clock())
+            self._write_trial(trial)
+            if self.current is not None:
+                self._link(PREVIOUS, self.current)
+            self._link(CURRENT, slot)
+        self.current, self.trial = slot, trial
+
+    def roll_back(self) -> Slot | None:
+        """Make the previous slot the current one. What failed has been put into quarantine before.
+
+        Returns:
+            The slot that is current now; None if there is nothing to go back to, so that this device has no model.
+
+        Raises:
+            ReleaseError: ``no_space``: as it was, but the quarantine is on disk, so the next start rolls back.
+            ConfigError: If the disk is not writable.
+        """
+        target = self._usable(PREVIOUS)
+        if target is not None and self.current is not None and target.sha256 == self.current.sha256:
+            target = None
+        with _full_disk(self.folder):
+            if target is not None:
+                self._link(CURRENT, target)
+            else:
+                (self.folder / CURRENT).unlink(missing_ok=True)
+                sync_folder(self.folder)
+        self.current = target
+        self.end_probation()
+        return target
+
+    # Probation.
+
+    def count_start(self) -> bool:
+        """Count a start of the process, before the model is loaded.
+
+        Returns:
+            True if ``current`` is on probation and has made the process crash too often.
+        """
+        if self.trial is None:
+            return False
+        self._count(self.trial.starts + 1)
+        return self.trial.starts >= CRASHES
+
+    def count_stop(self) -> None:
+        """Take the last start back: the process stops because it was told to."""
+        if self.trial is not None and self.trial.starts:
+            self._count(self.trial.starts - 1)
+
+    def end_probation(self) -> None:
+        """Keep ``current`` from now on.
+
+        Raises:
+            ConfigError: If the disk is not writable.
+        """
+        self.trial = None
+        self._remove(self.folder / TRIAL_FILE)
+
+    # Quarantine.
+
+    def quarantine(self, sha256: str, fault: ReleaseFault, detail: str) -> None:
+        """Never take a model again, until somebody forgives it.
+
+        Raises:
+            ReleaseError: ``no_space``.
+            ConfigError: If the disk is not writable.
+        """
+        slot = self.find(sha256)
+        record = Quarantined(
+            sha256=sha256,
+            number=slot.release.number if slot else None,
+            fault=fault,
+            detail=detail[:_MAX_DETAIL],
+            time=self._clock(),
+        )
+        path = self.folder / QUARANTINE / f"{sha256}.json"
+        with _full_disk(path):
+            write_whole(path, msgspec.json.encode(record))
+
+    def quarantined(self, sha256: str) -> str | None:
+        """Why a model is in quarantine; None if it is not. Reads the disk: an operator may forgive meanwhile."""
+        record = read_quarantined(self.folder, sha256)
+        return None if record is None else f"{record.fault.value}: {record.detail}"
+
+    def release_quarantine(self, sha256: str) -> None:
+        """Forgive a model.
+
+        Raises:
+            ConfigError: If the disk is not writable.
+        """
+        self._remove(self.folder / QUARANTINE / f"{sha256}.json")
+
+    # Order.
+
+    def collect_garbage(self, keep: int, fetching: Collection[str] = ()) -> None:
+        """Delete slots and parts that are of no more use.
+
+        Args:
+            keep: Slots to keep; ``current`` and ``previous`` always are, then the newest by number, never those in
+                quarantine.
+            fetching: SHA-256 of models and other objects that are being fetched, installed or tested.
+
+        Raises:
+            ConfigError: If something cannot be deleted.
+        """
+        self._fetching = set(fetching)
+        kept = {slot.sha256 for slot in (self.current, self.previous) if slot is not None}
+        newest = sorted(installed(self.folder), key=lambda slot: slot.release.number, reverse=True)
+        for slot in newest:
+            if len(kept) < keep and self.quarantined(slot.sha256) is None:
+                kept.add(slot.sha256)
+        kept |= self._fetching
+        for folder in (self.folder / SLOTS).iterdir():
+            if folder.name not in kept:
+                self._delete_slot(folder)
+        for part in (self.folder / PARTS).iterdir():
+            if part.stem not in self._fetching:
+                self._remove(part)
+
+    def _take_lock(self) -> None:
+        try:
+            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            raise ConfigError(
+                f"another `edge-agent infer` or `edge-agent run` uses {self.folder}: stop it, or give this one its own "
+                "--state"
+            ) from error
+
+    def _sweep(self) -> None:
+        """Delete what a power cut in the middle of a write has left."""
+        for folder in (self.folder, self.folder / QUARANTINE, *(self.folder / SLOTS).iterdir()):
+            for leftover in folder.glob(".*"):
+                self._remove(leftover)
+
+    def _start(self) -> None:
+        self.current = self._usable(CURRENT)
+        trial = read_trial(self.folder)
+        if self.current is None and linked(self.folder, CURRENT) is not None:
+            self._recover()
+        if trial is not None and self.current is not None and trial.sha256 == self.current.sha256:
+            self.trial = trial
+        elif (self.folder / TRIAL_FILE).exists():
+            self._remove(self.folder / TRIAL_FILE)
+
+    def _recover(self) -> None:
+        """Go on with ``previous`` because ``current`` is damaged, or was given up when the power went."""
+        self.current = self._usable(PREVIOUS)
+        if self.current is None:
+            _log.error("no_usable_model", folder=str(self.folder), remedy="waiting for a release")
+            return
+        _log.warning("previous_model_taken", number=self.current.release.number)
+        try:
+            self._link(CURRENT, self.current)
+        except OSError as error:  # a full or broken disk must not keep a good model from running
+            _log.warning("link_not_written", link=CURRENT, error=str(error))
+
+    def _usable(self, name: str) -> Slot | None:
+        slot = self._linked(name)
+        if slot is None:
+            return None
+        reason = self.quarantined(slot.sha256)
+        try:
+            if reason is not None:
+                raise ReleaseError(ReleaseFault.QUARANTINED, reason)
+            check_file(slot.model, slot.release.model)
+        except ReleaseError as error:
+            _log.warning("model_not_usable", link=name, number=slot.release.number, error=str(error))
+            return None
+        return slot
+
+    def _linked(self, name: str) -> Slot | None:
+        folder = linked(self.folder, name)
+        if folder is None:
+            return None
+        try:
+            return read_slot(folder)
+        except ReleaseError as error:
+            _log.warning("slot_not_usable", link=name, error=str(error))
+            return None
+
+    def _part(self, ref: ObjectRef) -> Path:
+        return self.folder / PARTS / f"{ref.sha256}.part"
+
+    def _lacking(self, path: Path, length: int) -> int:
+        """Bytes that the disk is short of to hold a file of ``length`` at ``path``, of which some may be there."""
+        there = path.stat().st_blocks * _BLOCK_BYTES if path.exists() else 0
+        disk = os.statvfs(self.folder)
+        return max(0, length - there) + MARGIN_BYTES - disk.f_bavail * disk.f_frsize
+
+    def _finish(self, ref: ObjectRef, target: Path) -> None:
+        path = self._part(ref)
+        part = PartialObject(path, ref)
+        if not part.complete:
+            part.close()
+            raise ReleaseError(
+                ReleaseFault.WRONG_HASH,
+                f"{ref.chunks - len(part.have)} chunks of {path} are missing or damaged",
+            )
+        try:
+            part.finish(target)
+        except PeerError as error:
+            raise ReleaseError(ReleaseFault.WRONG_HASH, error.detail) from error
+
+    def _link(self, name: str, slot: Slot) -> None:
+        """Replace a link atomically and durably."""
+        temporary = Path(tempfile.mktemp(dir=self.folder, prefix=f".{name}."))  # noqa: S306 - a link is made, nothing opened
+        try:
+            temporary.symlink_to(Path(SLOTS) / slot.sha256)
+            temporary.replace(self.folder / name)
+        except BaseException:
+            temporary.unlink(missing_ok=True)
+            raise
+        sync_folder(self.folder)
+
+    def _count(self, starts: int) -> None:
+        assert self.trial is not None
+        self.trial = msgspec.structs.replace(self.trial, starts=starts)
+        try:
+            self._write_trial(self.trial)
+        except ConfigError as error:  # a full disk must not keep a good model from running
+            _log.warning("start_not_counted", error=str(error))
+
+    def _write_trial(self, trial: Trial) -> None:
+        write_whole(self.folder / TRIAL_FILE, msgspec.json.encode(trial))
+
+    def _delete_slot(self, folder: Path) -> None:
+        self._remove(folder / MANIFEST_FILE)  # first: what is half deleted is no slot
+        try:
+            shutil.rmtree(folder)
+        except OSError as error:
+            raise disk_error(error, folder) from error
+
+    def _remove(self, path: Path) -> None:
+        try:
+            path.unlink(missing_ok=True)
+            sync_folder(path.parent)
+        except OSError as error:
+            raise disk_error(error, path) from error
+
+
+class _ReleasePart(PartialObject):
+    """A part whose space is reserved, and which says ``no_space`` when the disk is full all the same."""
+
+    def __init__(self, path: Path, ref: ObjectRef) -> None:
+        super().__init__(path, ref)
+        try:
+            os.posix_fallocate(self._file.fileno(), 0, ref.length)
+        except BaseException:
+            self.close()
+            raise
+
+    def write(self, index: int, payload: bytes | memoryview) -> None:
+        with _full_disk(self.path):
+            super().write(index, payload)
+
+    def finish(self, target: Path) -> Path:
+        with _full_disk(self.path):
+            return super().finish(target)
+
+
+@contextmanager
+def _full_disk(path: Path) -> Iterator[None]:
+    """Turn a full disk into a release that cannot be taken now, and any other trouble with it into the operator's."""
+    try:
+        yield
+    except (OSError, ConfigError) as error:
+        cause = error if isinstance(error, OSError) else error.__cause__
+        if isinstance(cause, OSError) and cause.errno in _FULL:
+            raise ReleaseError(
+                ReleaseFault.NO_SPACE,
+                f"no space left on the disk that holds {path}: free some, nothing was lost",
+            ) from error
+        if isinstance(error, OSError):
+            raise disk_error(error, path) from error
+        raise
+
+
+def _is(path: Path, ref: ObjectRef) -> bool:
+    try:
+        check_file(path, ref)
+    except ReleaseError:
+        return False
+    return True
