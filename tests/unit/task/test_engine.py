@@ -85,7 +85,7 @@ def test_a_file_that_is_no_model_is_refused(tmp_path: Path) -> None:
     [
         ({}, "no fedge metadata"),
         ({"author": "somebody else"}, "no fedge metadata"),
-        (card().properties() | {"fedge.format": "2"}, "format '2', this fedge reads '1'"),
+        (card().properties() | {"fedge.format": "3"}, "format '3', this fedge reads '1' and '2'"),
         (card().properties() | {"labels": "[1, 2]"}, "'labels' is damaged"),
         (card().properties() | {"preprocessing": "{}"}, "'preprocessing' is damaged"),
         ({"fedge.format": "1"}, "'labels' is damaged"),
