@@ -1,4 +1,4 @@
-"""What lies in a device's folder of models, and how it is read: also by commands that only look.
+"""What lies in a device's folder of models, how it is read, also by commands that only look, and how links change.
 
 slots/SHA256/     a release folder, named after its model (``federation.release``)
 parts/SHA256.part what is being fetched
@@ -17,10 +17,11 @@ import msgspec
 from msgspec import Meta, Struct
 
 from federation.errors import ConfigError, PeerError, ReleaseError, ReleaseFault
+from federation.files import sync_folder
 from federation.release import GOLDEN_FILE, MANIFEST_FILE, MODEL_FILE, read_manifest
 from federation.wire.fields import Count, NonNegative, Sha256, Text
 from federation.wire.messages import decode_msgpack
-from federation.wire.release import Manifest, Release, ReleaseNumber
+from federation.wire.release import Manifest, Release
 from federation.wire.signing import Envelope
 
 SLOTS, PARTS, QUARANTINE = "slots", "parts", "quarantine"
@@ -61,13 +62,11 @@ class Trial(Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
 
     Attributes:
         sha256: Of the model that is on probation.
-        number: Of its release.
         since: Unix seconds.
         starts: Process starts since then, less the orderly stops.
     """
 
     sha256: Sha256
-    number: ReleaseNumber
     since: NonNegative
     starts: Count = 0
 
@@ -127,6 +126,19 @@ def linked(root: Path, name: str) -> Path | None:
     except OSError as error:
         raise ConfigError(f"{root / name} is not a link to a slot: delete it") from error
     return root / SLOTS / target.name
+
+
+def link(root: Path, name: str, slot: Slot) -> None:
+    """Have ``current`` or ``previous`` name a slot, atomically and durably.
+
+    Raises:
+        OSError: If the disk is full or not writable; the link is as it was.
+    """
+    temporary = root / f".{name}.new"
+    temporary.unlink(missing_ok=True)
+    temporary.symlink_to(Path(SLOTS) / slot.sha256)
+    temporary.replace(root / name)
+    sync_folder(root)
 
 
 def read_trial(root: Path) -> Trial | None:

@@ -10,14 +10,11 @@ device starts with a model that it had tested, the old one or the new one:
   quarantine means that the power went in between; opening the folder goes on from there.
 """
 
-import errno
 import fcntl
 import os
 import shutil
-import tempfile
 import time
-from collections.abc import Callable, Collection, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Collection
 from pathlib import Path
 from types import TracebackType
 from typing import Self
@@ -25,6 +22,7 @@ from typing import Self
 import msgspec
 import structlog
 
+from edge_agent.inference.parts import Parts, full_disk, remove
 from edge_agent.inference.slot_files import (
     CURRENT,
     LOCK_FILE,
@@ -37,12 +35,13 @@ from edge_agent.inference.slot_files import (
     Slot,
     Trial,
     installed,
+    link,
     linked,
     read_quarantined,
     read_slot,
     read_trial,
 )
-from federation.errors import ConfigError, PeerError, ReleaseError, ReleaseFault
+from federation.errors import ConfigError, ReleaseError, ReleaseFault
 from federation.files import disk_error, sync_folder, write_whole
 from federation.release import GOLDEN_FILE, MANIFEST_FILE, MODEL_FILE, check_file, check_files
 from federation.wire.messages import ObjectRef
@@ -52,16 +51,7 @@ from federation.wire.release import Release
 CRASHES = 3
 """So many starts in one probation without an orderly stop between them are a crash loop."""
 
-MARGIN_BYTES = 16 * 2**20
-"""Left free on the disk when a release is fetched: the ledger, the outbox and the system's logs live there too."""
-
-_BLOCK_BYTES = 512
-"""Unit of ``st_blocks``, whatever the file system's own blocks are (POSIX, sys/stat.h)."""
-
 _MAX_DETAIL = 1000
-_FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
-"""No room: on the disk, in the quota, or below the process's own limit on files."""
-
 _log = structlog.get_logger()
 
 
@@ -86,7 +76,9 @@ class Slots:
         self.current: Slot | None = None
         self.trial: Trial | None = None
         self._clock = clock
+        self._parts = Parts(folder / PARTS)
         self._fetching: set[str] = set()
+        self._unwritten: dict[str, Quarantined] = {}
         try:
             for name in (SLOTS, PARTS, QUARANTINE):
                 (folder / name).mkdir(parents=True, exist_ok=True)
@@ -153,19 +145,8 @@ class Slots:
             ReleaseError: ``no_space``; also from ``write`` of what is returned. Nothing is lost.
             ConfigError: If the disk is not writable.
         """
-        path = self._part(ref)
         self._fetching.add(ref.sha256)
-        with _full_disk(path):
-            if self._lacking(path, ref.length) > 0:
-                self.collect_garbage(0, self._fetching)
-            lacking = self._lacking(path, ref.length)
-            if lacking > 0:
-                raise ReleaseError(
-                    ReleaseFault.NO_SPACE,
-                    f"{ref.length} bytes to fetch and {MARGIN_BYTES} to leave free, {lacking} more than the disk of "
-                    f"{self.folder} has: free some",
-                )
-            return _ReleasePart(path, ref)
+        return self._parts.open(ref, make_room=lambda: self.collect_garbage(0, self._fetching))
 
     def install(self, release: Release, envelope: bytes) -> Slot:
         """Make a slot of what was fetched. Where it is installed already, the newer manifest takes the older's place.
@@ -180,13 +161,13 @@ class Slots:
             ConfigError: If the disk is not writable.
         """
         folder = self.folder / SLOTS / release.model.sha256
-        with _full_disk(folder):
+        with full_disk(folder):
             if not folder.is_dir():
                 folder.mkdir()
                 sync_folder(folder.parent)
             for name, ref in ((MODEL_FILE, release.model), (GOLDEN_FILE, release.golden)):
                 if not _is(folder / name, ref):
-                    self._finish(ref, folder / name)
+                    self._parts.finish(ref, folder / name)
             write_whole(folder / MANIFEST_FILE, envelope)
         slot = read_slot(folder)
         if self.current is not None and self.current.sha256 == slot.sha256:
@@ -210,35 +191,35 @@ class Slots:
         if reason is not None:
             raise ReleaseError(ReleaseFault.QUARANTINED, reason)
         check_file(slot.model, slot.release.model)
-        with _full_disk(self.folder):
-            trial = Trial(sha256=slot.sha256, number=slot.release.number, since=self._clock())
+        with full_disk(self.folder):
+            trial = Trial(sha256=slot.sha256, since=self._clock())
             self._write_trial(trial)
             if self.current is not None:
-                self._link(PREVIOUS, self.current)
-            self._link(CURRENT, slot)
+                link(self.folder, PREVIOUS, self.current)
+            link(self.folder, CURRENT, slot)
         self.current, self.trial = slot, trial
 
     def roll_back(self) -> Slot | None:
         """Make the previous slot the current one. What failed has been put into quarantine before.
 
+        A full or broken disk does not keep this process from going back: the next start finds the quarantine, or the
+        probation, and goes back too.
+
         Returns:
             The slot that is current now; None if there is nothing to go back to, so that this device has no model.
-
-        Raises:
-            ReleaseError: ``no_space``: as it was, but the quarantine is on disk, so the next start rolls back.
-            ConfigError: If the disk is not writable.
         """
         target = self._usable(PREVIOUS)
         if target is not None and self.current is not None and target.sha256 == self.current.sha256:
             target = None
-        with _full_disk(self.folder):
+        try:
             if target is not None:
-                self._link(CURRENT, target)
+                link(self.folder, CURRENT, target)
             else:
-                (self.folder / CURRENT).unlink(missing_ok=True)
-                sync_folder(self.folder)
-        self.current = target
-        self.end_probation()
+                remove(self.folder / CURRENT)
+            self.end_probation()
+        except (OSError, ConfigError) as error:
+            _log.warning("roll_back_not_written", folder=str(self.folder), error=str(error))
+        self.current, self.trial = target, None
         return target
 
     # Probation.
@@ -266,17 +247,12 @@ class Slots:
             ConfigError: If the disk is not writable.
         """
         self.trial = None
-        self._remove(self.folder / TRIAL_FILE)
+        remove(self.folder / TRIAL_FILE)
 
     # Quarantine.
 
     def quarantine(self, sha256: str, fault: ReleaseFault, detail: str) -> None:
-        """Never take a model again, until somebody forgives it.
-
-        Raises:
-            ReleaseError: ``no_space``.
-            ConfigError: If the disk is not writable.
-        """
+        """Never take a model again, until somebody forgives it. If the disk is full, until this process ends."""
         slot = self.find(sha256)
         record = Quarantined(
             sha256=sha256,
@@ -285,13 +261,15 @@ class Slots:
             detail=detail[:_MAX_DETAIL],
             time=self._clock(),
         )
-        path = self.folder / QUARANTINE / f"{sha256}.json"
-        with _full_disk(path):
-            write_whole(path, msgspec.json.encode(record))
+        try:
+            write_whole(self.folder / QUARANTINE / f"{sha256}.json", msgspec.json.encode(record))
+        except ConfigError as error:
+            self._unwritten[sha256] = record
+            _log.warning("quarantine_not_written", number=record.number, error=str(error))
 
     def quarantined(self, sha256: str) -> str | None:
         """Why a model is in quarantine; None if it is not. Reads the disk: an operator may forgive meanwhile."""
-        record = read_quarantined(self.folder, sha256)
+        record = self._unwritten.get(sha256) or read_quarantined(self.folder, sha256)
         return None if record is None else f"{record.fault.value}: {record.detail}"
 
     def release_quarantine(self, sha256: str) -> None:
@@ -300,7 +278,8 @@ class Slots:
         Raises:
             ConfigError: If the disk is not writable.
         """
-        self._remove(self.folder / QUARANTINE / f"{sha256}.json")
+        self._unwritten.pop(sha256, None)
+        remove(self.folder / QUARANTINE / f"{sha256}.json")
 
     # Order.
 
@@ -325,9 +304,7 @@ class Slots:
         for folder in (self.folder / SLOTS).iterdir():
             if folder.name not in kept:
                 self._delete_slot(folder)
-        for part in (self.folder / PARTS).iterdir():
-            if part.stem not in self._fetching:
-                self._remove(part)
+        self._parts.collect_garbage(self._fetching)
 
     def _take_lock(self) -> None:
         try:
@@ -342,7 +319,7 @@ class Slots:
         """Delete what a power cut in the middle of a write has left."""
         for folder in (self.folder, self.folder / QUARANTINE, *(self.folder / SLOTS).iterdir()):
             for leftover in folder.glob(".*"):
-                self._remove(leftover)
+                remove(leftover)
 
     def _start(self) -> None:
         self.current = self._usable(CURRENT)
@@ -352,7 +329,7 @@ class Slots:
         if trial is not None and self.current is not None and trial.sha256 == self.current.sha256:
             self.trial = trial
         elif (self.folder / TRIAL_FILE).exists():
-            self._remove(self.folder / TRIAL_FILE)
+            remove(self.folder / TRIAL_FILE)
 
     def _recover(self) -> None:
         """Go on with ``previous`` because ``current`` is damaged, or was given up when the power went."""
@@ -362,7 +339,7 @@ class Slots:
             return
         _log.warning("previous_model_taken", number=self.current.release.number)
         try:
-            self._link(CURRENT, self.current)
+            link(self.folder, CURRENT, self.current)
         except OSError as error:  # a full or broken disk must not keep a good model from running
             _log.warning("link_not_written", link=CURRENT, error=str(error))
 
@@ -387,42 +364,8 @@ class Slots:
         try:
             return read_slot(folder)
         except ReleaseError as error:
-            _log.warning("slot_not_usable", link=name, error=str(error))
+            _log.debug("slot_not_usable", link=name, error=str(error))
             return None
-
-    def _part(self, ref: ObjectRef) -> Path:
-        return self.folder / PARTS / f"{ref.sha256}.part"
-
-    def _lacking(self, path: Path, length: int) -> int:
-        """Bytes that the disk is short of to hold a file of ``length`` at ``path``, of which some may be there."""
-        there = path.stat().st_blocks * _BLOCK_BYTES if path.exists() else 0
-        disk = os.statvfs(self.folder)
-        return max(0, length - there) + MARGIN_BYTES - disk.f_bavail * disk.f_frsize
-
-    def _finish(self, ref: ObjectRef, target: Path) -> None:
-        path = self._part(ref)
-        part = PartialObject(path, ref)
-        if not part.complete:
-            part.close()
-            raise ReleaseError(
-                ReleaseFault.WRONG_HASH,
-                f"{ref.chunks - len(part.have)} chunks of {path} are missing or damaged",
-            )
-        try:
-            part.finish(target)
-        except PeerError as error:
-            raise ReleaseError(ReleaseFault.WRONG_HASH, error.detail) from error
-
-    def _link(self, name: str, slot: Slot) -> None:
-        """Replace a link atomically and durably."""
-        temporary = Path(tempfile.mktemp(dir=self.folder, prefix=f".{name}."))  # noqa: S306 - a link is made, nothing opened
-        try:
-            temporary.symlink_to(Path(SLOTS) / slot.sha256)
-            temporary.replace(self.folder / name)
-        except BaseException:
-            temporary.unlink(missing_ok=True)
-            raise
-        sync_folder(self.folder)
 
     def _count(self, starts: int) -> None:
         assert self.trial is not None
@@ -436,55 +379,11 @@ class Slots:
         write_whole(self.folder / TRIAL_FILE, msgspec.json.encode(trial))
 
     def _delete_slot(self, folder: Path) -> None:
-        self._remove(folder / MANIFEST_FILE)  # first: what is half deleted is no slot
+        remove(folder / MANIFEST_FILE)  # first: what is half deleted is no slot
         try:
             shutil.rmtree(folder)
         except OSError as error:
             raise disk_error(error, folder) from error
-
-    def _remove(self, path: Path) -> None:
-        try:
-            path.unlink(missing_ok=True)
-            sync_folder(path.parent)
-        except OSError as error:
-            raise disk_error(error, path) from error
-
-
-class _ReleasePart(PartialObject):
-    """A part whose space is reserved, and which says ``no_space`` when the disk is full all the same."""
-
-    def __init__(self, path: Path, ref: ObjectRef) -> None:
-        super().__init__(path, ref)
-        try:
-            os.posix_fallocate(self._file.fileno(), 0, ref.length)
-        except BaseException:
-            self.close()
-            raise
-
-    def write(self, index: int, payload: bytes | memoryview) -> None:
-        with _full_disk(self.path):
-            super().write(index, payload)
-
-    def finish(self, target: Path) -> Path:
-        with _full_disk(self.path):
-            return super().finish(target)
-
-
-@contextmanager
-def _full_disk(path: Path) -> Iterator[None]:
-    """Turn a full disk into a release that cannot be taken now, and any other trouble with it into the operator's."""
-    try:
-        yield
-    except (OSError, ConfigError) as error:
-        cause = error if isinstance(error, OSError) else error.__cause__
-        if isinstance(cause, OSError) and cause.errno in _FULL:
-            raise ReleaseError(
-                ReleaseFault.NO_SPACE,
-                f"no space left on the disk that holds {path}: free some, nothing was lost",
-            ) from error
-        if isinstance(error, OSError):
-            raise disk_error(error, path) from error
-        raise
 
 
 def _is(path: Path, ref: ObjectRef) -> bool:
