@@ -13,13 +13,13 @@ from pathlib import Path
 import structlog
 
 from edge_agent.base_model import Recipe
+from edge_agent.pulling import Pull
 from federation.logs import Sparingly
 from federation.wire.link import LinkLike
 from federation.wire.messages import FullModel, ObjectRef, RoundPlan
 from federation.wire.objects import PartialObject
 from federation.wire.rate import TokenBucket
 from federation.wire.topics import Topics
-from federation.wire.transfer import Download, DownloadCommand, Finished, Subscribe, Unsubscribe, Write
 from federation.wire.versions import Built, Held, Route, cheapest_route
 
 log = structlog.get_logger()
@@ -51,8 +51,7 @@ class ModelCache:
             file.replace(file.with_suffix(".part"))
         self._folder, self._link, self._topics, self._on_ready = folder, link, topics, on_ready
         self._cap = cap
-        self._download: Download | None = None
-        self._partial: PartialObject | None = None
+        self._pull: Pull | None = None
         self._route: Route | None = None
         self._waiting: list[ObjectRef] = []
         self._built_differently: set[str] = set()
@@ -118,17 +117,17 @@ class ModelCache:
             self._on_ready(self._route.version)
             return
         ref = self._waiting[0]
-        self._partial = PartialObject(self._part(ref), ref)
-        self._download = Download(ref, self._partial.have, cap=self._cap)
-        self._carry_out(self._download.start(now), now)
+        partial = PartialObject(self._part(ref), ref)
+        self._pull = Pull(
+            partial, self._link, self._topics, self._finish, cap=self._cap, telling=self._telling
+        )
+        self._pull.start(now)
 
     def abandon(self) -> None:
         """Stop fetching; what has arrived stays on disk."""
-        if self._partial is None or self._download is None:
-            return
-        self._carry_out(self._download.stop(), 0.0)
-        self._partial.close()
-        self._download = self._partial = None
+        if self._pull is not None:
+            self._pull.stop()
+            self._pull = None
 
     def chunk(self, sha256: str, index: int, payload: bytes, now: float) -> None:
         """Take a chunk from the broker.
@@ -136,32 +135,27 @@ class ModelCache:
         Raises:
             ConfigError: If the disk is full.
         """
-        if self._download is not None and self._partial is not None and self._partial.ref.sha256 == sha256:
-            download = self._download
-            self._carry_out(download.chunk(index, payload, now), now)
-            if self._telling.due(now) and not download.finished:
-                log.info(
-                    "object_fetching", object=sha256[:12], received=download.received, total=download.total
-                )
+        if self._pull is not None and self._pull.partial.ref.sha256 == sha256:
+            self._pull.chunk(index, payload, now)
 
     def tick(self, now: float) -> None:
         """Ask again for what has not come."""
-        if self._download is not None:
-            self._carry_out(self._download.tick(now), now)
+        if self._pull is not None:
+            self._pull.tick(now)
 
     def reconnected(self, now: float) -> None:
         """Subscribe again: sessions are clean."""
-        if self._download is not None:
-            self._carry_out(self._download.reconnected(now), now)
+        if self._pull is not None:
+            self._pull.reconnected(now)
 
     def next_wakeup(self) -> float | None:
         """When :meth:`tick` is due, monotonic seconds."""
-        return None if self._download is None else self._download.next_wakeup()
+        return None if self._pull is None else self._pull.next_wakeup()
 
     @property
     def share(self) -> float | None:
         """How much of the object is here, 0-1; None when none is being fetched."""
-        return None if self._download is None else self._download.received / self._download.total
+        return None if self._pull is None else self._pull.share
 
     def _model(self, version: str) -> Path:
         return self._folder / f"{version}{_MODEL}"
@@ -180,23 +174,8 @@ class ModelCache:
     def _part(self, ref: ObjectRef) -> Path:
         return self._folder / f"{ref.sha256}.part"
 
-    def _carry_out(self, commands: list[DownloadCommand], now: float) -> None:
-        partial = self._partial
-        assert partial is not None
-        sha256 = partial.ref.sha256
-        for command in commands:
-            match command:
-                case Subscribe(indices):
-                    self._link.subscribe([(self._topics.object_chunk(sha256, index), 0) for index in indices])
-                case Unsubscribe(indices):
-                    self._link.unsubscribe([self._topics.object_chunk(sha256, index) for index in indices])
-                case Write(index, payload):
-                    partial.write(index, payload)
-                case Finished():
-                    self._finish(partial, now)
-
     def _finish(self, partial: PartialObject, now: float) -> None:
-        self._download = self._partial = None
+        self._pull = None
         # Neither hashed again nor synced: the model that is made of it must have the digest of its version.
         partial.set_aside(self._target(partial.ref))
         log.info("object_fetched", object=partial.ref.sha256[:12], bytes=partial.ref.length)
