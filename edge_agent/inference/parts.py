@@ -1,15 +1,17 @@
 """What is being fetched of releases, and the room for it on the disk."""
 
 import errno
+import mmap
 import os
 from collections.abc import Callable, Collection, Iterator
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from pathlib import Path
 
 from federation.errors import ConfigError, PeerError, ReleaseError, ReleaseFault
 from federation.files import disk_error, sync_folder
 from federation.wire.messages import ObjectRef
 from federation.wire.objects import PartialObject
+from federation.wire.transfer import chunk_span
 
 MARGIN_BYTES = 16 * 2**20
 """Left free on the disk when a release is fetched: the ledger, the outbox and the system's logs live there too."""
@@ -66,17 +68,39 @@ class Parts:
             ReleaseError: ``wrong_hash`` if chunks are missing, or the whole is another object; it is then deleted.
             ConfigError: If the disk is not writable.
         """
-        part = PartialObject(self.path(ref), ref)
-        if not part.complete:
-            part.close()
-            raise ReleaseError(
-                ReleaseFault.WRONG_HASH,
-                f"{ref.chunks - len(part.have)} of {ref.chunks} chunks of {part.path} are missing or damaged",
-            )
         try:
-            part.finish(target)
+            self._whole(ref).finish(target)
         except PeerError as error:
             raise ReleaseError(ReleaseFault.WRONG_HASH, error.detail) from error
+
+    def make_from_delta(
+        self, model: ObjectRef, base: Path, delta: ObjectRef, make_room: Callable[[], None]
+    ) -> None:
+        """Make a model that is not whole yet whole: out of another one and the difference, whose part is then deleted.
+
+        Args:
+            model: What it will be.
+            base: The file of the other one.
+            delta: Was fetched (``federation.task.model_delta``).
+            make_room: As for :meth:`open`.
+
+        Raises:
+            ReleaseError: ``malformed`` or ``wrong_hash`` if it does not lead there, ``no_space``.
+            ConfigError: If the disk is not writable.
+        """
+        from federation.task.model_delta import apply_delta
+
+        try:
+            with closing(self._whole(delta)) as part:
+                made = apply_delta(
+                    _mapped(base), _mapped(part.path), length=model.length, sha256=model.sha256
+                )
+            with closing(self.open(model, make_room)) as part:
+                for index in range(model.chunks):
+                    offset, length = chunk_span(model, index)
+                    part.write(index, memoryview(made)[offset : offset + length])
+        finally:
+            remove(self.path(delta))
 
     def collect_garbage(self, fetching: Collection[str]) -> None:
         """Delete all but these objects.
@@ -87,6 +111,16 @@ class Parts:
         for part in self._folder.iterdir():
             if part.stem not in fetching:
                 remove(part)
+
+    def _whole(self, ref: ObjectRef) -> PartialObject:
+        part = PartialObject(self.path(ref), ref)
+        if not part.complete:
+            part.close()
+            raise ReleaseError(
+                ReleaseFault.WRONG_HASH,
+                f"{ref.chunks - len(part.have)} of {ref.chunks} chunks of {part.path} are missing or damaged",
+            )
+        return part
 
     def _lacking(self, path: Path, length: int) -> int:
         """Bytes that the disk is short of to hold a file of ``length`` at ``path``, of which some may be there."""
@@ -113,6 +147,15 @@ class _Part(PartialObject):
     def finish(self, target: Path) -> Path:
         with full_disk(self.path):
             return super().finish(target)
+
+
+def _mapped(path: Path) -> memoryview:
+    """A file as memory that the kernel can take back at any time, until the last reference is gone."""
+    try:
+        with path.open("rb") as file:
+            return memoryview(mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ))
+    except (OSError, ValueError) as error:  # ValueError: an empty file
+        raise ReleaseError(ReleaseFault.WRONG_HASH, f"cannot read {path}: {error}") from error
 
 
 @contextmanager

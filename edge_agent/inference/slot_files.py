@@ -11,15 +11,14 @@ lock              held by the process that owns all this
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated
 
 import msgspec
-from msgspec import Meta, Struct
+from msgspec import Struct
 
 from federation.errors import ConfigError, PeerError, ReleaseError, ReleaseFault
 from federation.files import sync_folder
 from federation.release import GOLDEN_FILE, MANIFEST_FILE, MODEL_FILE, read_manifest
-from federation.wire.fields import Count, NonNegative, Sha256, Text
+from federation.wire.fields import Count, NonNegative, Sha256
 from federation.wire.messages import decode_msgpack
 from federation.wire.release import Manifest, Release
 from federation.wire.signing import Envelope
@@ -71,24 +70,6 @@ class Trial(Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
     starts: Count = 0
 
 
-class Quarantined(Struct, frozen=True, kw_only=True):
-    """A model that this device does not take again.
-
-    Attributes:
-        sha256: Of the model.
-        number: Of the release; None if it is not known any more.
-        fault: What was wrong.
-        detail: For people.
-        time: Unix seconds.
-    """
-
-    sha256: Sha256
-    number: Annotated[int, Meta(ge=1)] | None
-    fault: ReleaseFault
-    detail: Text
-    time: NonNegative
-
-
 def read_slot(folder: Path) -> Slot:
     """Read what a slot holds. Neither hashes nor the signature are checked: both were when it was installed.
 
@@ -110,7 +91,7 @@ def read_slot(folder: Path) -> Slot:
 
 def installed(root: Path) -> Iterator[Slot]:
     """All slots that can be read, in no order."""
-    for folder in _entries(root / SLOTS):
+    for folder in entries(root / SLOTS):
         try:
             yield read_slot(folder)
         except ReleaseError:  # a leftover of an installation: not a slot yet, or not any more
@@ -149,30 +130,8 @@ def read_trial(root: Path) -> Trial | None:
         return None
 
 
-def read_quarantined(root: Path, sha256: str) -> Quarantined | None:
-    """Why a model is in quarantine, or None. A record that cannot be read still keeps its model out."""
-    path = root / QUARANTINE / f"{sha256}.json"
-    try:
-        return msgspec.json.decode(path.read_bytes(), type=Quarantined)
-    except FileNotFoundError:
-        return None
-    except (OSError, msgspec.DecodeError) as error:
-        return Quarantined(
-            sha256=sha256,
-            number=None,
-            fault=ReleaseFault.QUARANTINED,
-            detail=f"{path} cannot be read: {error}",
-            time=0,
-        )
-
-
-def all_quarantined(root: Path) -> list[Quarantined]:
-    """All models in quarantine, the latest first."""
-    found = (read_quarantined(root, path.stem) for path in _entries(root / QUARANTINE))
-    return sorted((one for one in found if one is not None), key=lambda one: one.time, reverse=True)
-
-
-def _entries(folder: Path) -> list[Path]:
+def entries(folder: Path) -> list[Path]:
+    """What is in a folder, but for what a power cut left of a write; nothing if there is no such folder."""
     try:
         return [path for path in folder.iterdir() if not path.name.startswith(".")]
     except FileNotFoundError:

@@ -23,6 +23,7 @@ import msgspec
 import structlog
 
 from edge_agent.inference.parts import Parts, full_disk, remove
+from edge_agent.inference.quarantine import Quarantine
 from edge_agent.inference.slot_files import (
     CURRENT,
     LOCK_FILE,
@@ -31,13 +32,11 @@ from edge_agent.inference.slot_files import (
     QUARANTINE,
     SLOTS,
     TRIAL_FILE,
-    Quarantined,
     Slot,
     Trial,
     installed,
     link,
     linked,
-    read_quarantined,
     read_slot,
     read_trial,
 )
@@ -51,7 +50,6 @@ from federation.wire.release import Release
 CRASHES = 3
 """So many starts in one probation without an orderly stop between them are a crash loop."""
 
-_MAX_DETAIL = 1000
 _log = structlog.get_logger()
 
 
@@ -78,7 +76,7 @@ class Slots:
         self._clock = clock
         self._parts = Parts(folder / PARTS)
         self._fetching: set[str] = set()
-        self._unwritten: dict[str, Quarantined] = {}
+        self._quarantine = Quarantine(folder, clock)
         try:
             for name in (SLOTS, PARTS, QUARANTINE):
                 (folder / name).mkdir(parents=True, exist_ok=True)
@@ -146,7 +144,23 @@ class Slots:
             ConfigError: If the disk is not writable.
         """
         self._fetching.add(ref.sha256)
-        return self._parts.open(ref, make_room=lambda: self.collect_garbage(0, self._fetching))
+        return self._parts.open(ref, self._make_room)
+
+    def make_from_delta(self, release: Release) -> None:
+        """Make the model of a release out of its delta, which was fetched, and the slot that it starts from.
+
+        Afterwards the model is a part that is complete, as if it had been fetched itself. The delta's part is deleted either
+        way: after an error the model itself is to be fetched.
+
+        Raises:
+            ReleaseError: ``malformed`` or ``wrong_hash`` if they do not make the model, or the slot is not there
+                (``release.delta.base`` names it); ``no_space``.
+            ConfigError: If the disk is not writable.
+        """
+        assert release.delta is not None
+        self._fetching.add(release.model.sha256)
+        base = self.folder / SLOTS / release.delta.base / MODEL_FILE
+        self._parts.make_from_delta(release.model, base, release.delta.object, self._make_room)
 
     def install(self, release: Release, envelope: bytes) -> Slot:
         """Make a slot of what was fetched. Where it is installed already, the newer manifest takes the older's place.
@@ -254,22 +268,11 @@ class Slots:
     def quarantine(self, sha256: str, fault: ReleaseFault, detail: str) -> None:
         """Never take a model again, until somebody forgives it. If the disk is full, until this process ends."""
         slot = self.find(sha256)
-        record = Quarantined(
-            sha256=sha256,
-            number=slot.release.number if slot else None,
-            fault=fault,
-            detail=detail[:_MAX_DETAIL],
-            time=self._clock(),
-        )
-        try:
-            write_whole(self.folder / QUARANTINE / f"{sha256}.json", msgspec.json.encode(record))
-        except ConfigError as error:
-            self._unwritten[sha256] = record
-            _log.warning("quarantine_not_written", number=record.number, error=str(error))
+        self._quarantine.add(sha256, slot.release.number if slot else None, fault, detail)
 
     def quarantined(self, sha256: str) -> str | None:
         """Why a model is in quarantine; None if it is not. Reads the disk: an operator may forgive meanwhile."""
-        record = self._unwritten.get(sha256) or read_quarantined(self.folder, sha256)
+        record = self._quarantine.find(sha256)
         return None if record is None else f"{record.fault.value}: {record.detail}"
 
     def release_quarantine(self, sha256: str) -> None:
@@ -278,8 +281,7 @@ class Slots:
         Raises:
             ConfigError: If the disk is not writable.
         """
-        self._unwritten.pop(sha256, None)
-        remove(self.folder / QUARANTINE / f"{sha256}.json")
+        self._quarantine.forgive(sha256)
 
     # Order.
 
@@ -305,6 +307,9 @@ class Slots:
             if folder.name not in kept:
                 self._delete_slot(folder)
         self._parts.collect_garbage(self._fetching)
+
+    def _make_room(self) -> None:
+        self.collect_garbage(0, self._fetching)
 
     def _take_lock(self) -> None:
         try:
