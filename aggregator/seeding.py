@@ -48,8 +48,23 @@ class _Probe:
     there: threading.Event
 
 
+@dataclass(slots=True)
+class _Shelf:
+    """Objects that are wanted together.
+
+    Attributes:
+        tell: Called with ``name`` once the broker holds them all.
+        name: Of what they are wanted for.
+        wanted: In the order in which they are brought.
+    """
+
+    tell: Callable[[str], None]
+    name: str = ""
+    wanted: tuple[_Seeded, ...] = ()
+
+
 class Seeder:
-    """Keeps on the broker what the last two plans name: agents may still be fetching for the former one.
+    """Keeps on the broker what the releases in force name and the last two plans: agents may still fetch for the former.
 
     Args:
         link: To publish on.
@@ -57,18 +72,26 @@ class Seeder:
         store: Remembers what lies on the broker across restarts, so that it can be cleared one day.
         on_present: Called with the name of the last plan's objects once the broker holds them all; in the seeder's
             thread, or at once.
+        on_kept: The same for the releases' objects.
     """
 
     def __init__(
-        self, link: LinkLike, topics: Topics, store: Store, on_present: Callable[[str], None]
+        self,
+        link: LinkLike,
+        topics: Topics,
+        store: Store,
+        on_present: Callable[[str], None],
+        on_kept: Callable[[str], None] = lambda _: None,
     ) -> None:
-        self._link, self._topics, self._store, self._on_present = link, topics, store, on_present
-        self._name = ""
-        self._wanted: tuple[_Seeded, ...] = ()
+        self._link, self._topics, self._store = link, topics, store
+        self._plan = _Shelf(on_present)
+        self._releases = _Shelf(on_kept)
         self._former: tuple[_Seeded, ...] = ()
         self._stale: list[ObjectRef] = msgspec.json.decode(
             store.recall(_MEMORY_KEY) or "[]", type=list[ObjectRef]
         )
+        # Before the first plan nobody knows what of an earlier process's objects it will name again.
+        self._inherited = set(self._stale)
         self._present: set[str] = set()
         # Published over an earlier connection, perhaps by an earlier process: the broker may or may not hold it.
         self._doubtful = {ref.sha256 for ref in self._stale}
@@ -85,41 +108,61 @@ class Seeder:
             name: Given to ``on_present``.
             objects: Files and what they hold; the first is brought first.
         """
+        self._fill(self._plan, name, objects)
+
+    def keep(self, name: str, objects: Sequence[tuple[Path, ObjectRef]]) -> None:
+        """Bring the objects of the releases in force to the broker; those that are not among them any more are cleared.
+
+        To be called before the first plan, be it with nothing: what an earlier process has left is cleared after both.
+
+        Args:
+            name: Given to ``on_kept``.
+            objects: Files and what they hold; the first is brought first.
+        """
+        self._fill(self._releases, name, objects)
+
+    def _fill(self, shelf: _Shelf, name: str, objects: Sequence[tuple[Path, ObjectRef]]) -> None:
         wanted = tuple(_Seeded(ref, path) for path, ref in objects)
         with self._guard:
-            self._name = name
-            if wanted != self._wanted:
-                self._replace(wanted)
-            complete = self._complete()
+            shelf.name = name
+            if wanted != shelf.wanted:
+                self._replace(shelf, wanted)
+            complete = self._complete(shelf)
             memory = self._memory()
         self._store.remember(_MEMORY_KEY, memory)
         if complete:
-            self._on_present(name)
-        else:
+            shelf.tell(name)
+        if not complete or self._stale:
             self._work.put(True)
 
-    def _replace(self, wanted: tuple[_Seeded, ...]) -> None:
+    def _replace(self, shelf: _Shelf, wanted: tuple[_Seeded, ...]) -> None:
+        before = self._shelved()
         cut = {seeded.ref.sha256: seeded.ref for seeded in wanted}
-        # The same object cut into other chunks lies on the same topics: it takes the place of its former self.
-        former = tuple(seeded for seeded in self._wanted if seeded.ref.sha256 not in cut)
-        kept = cut | {seeded.ref.sha256: seeded.ref for seeded in former}
-        for seeded in (*self._wanted, *self._former):
+        if shelf is self._plan:
+            # The same object cut into other chunks lies on the same topics: it takes the place of its former self.
+            self._former = tuple(seeded for seeded in shelf.wanted if seeded.ref.sha256 not in cut)
+        shelf.wanted = wanted
+        kept = {seeded.ref.sha256: seeded.ref for seeded in self._shelved()} | cut
+        for seeded in before:
             if kept.get(seeded.ref.sha256) != seeded.ref and seeded.ref not in self._stale:
                 self._present.discard(seeded.ref.sha256)
                 self._stale.append(seeded.ref)
-        self._wanted, self._former = wanted, former
+                self._inherited.discard(seeded.ref)
         self._stale = [
             stale
             for stale in self._stale
             if stale.sha256 not in kept or stale.chunks > kept[stale.sha256].chunks
         ]
 
-    def _complete(self) -> bool:
-        return all(seeded.ref.sha256 in self._present for seeded in self._wanted)
+    def _shelved(self) -> tuple[_Seeded, ...]:
+        return (*self._plan.wanted, *self._former, *self._releases.wanted)
+
+    def _complete(self, shelf: _Shelf) -> bool:
+        return all(seeded.ref.sha256 in self._present for seeded in shelf.wanted)
 
     def _memory(self) -> str:
         """What may lie on the broker, to be cleared one day, perhaps by a later process."""
-        kept = (seeded.ref for seeded in (*self._wanted, *self._former))
+        kept = (seeded.ref for seeded in self._shelved())
         return msgspec.json.encode([*self._stale, *kept]).decode()
 
     def connected(self) -> None:
@@ -167,24 +210,11 @@ class Seeder:
             return True
 
     def _bring_up_to_date(self) -> None:
+        for shelf in (self._plan, self._releases):
+            self._bring(shelf)
         with self._guard:
-            name, wanted = self._name, self._wanted
-            # The former plan's only while they are known to be there: nobody new will ask for them.
-            missing = [seeded for seeded in wanted if seeded.ref.sha256 not in self._present]
-            # Before the first plan nobody knows what of an earlier process's objects it will name again.
-            stale = list(self._stale) if wanted else []
-            kept = {seeded.ref.sha256: seeded.ref.chunks for seeded in (*wanted, *self._former)}
-        there = self._probe([seeded.ref for seeded in missing if seeded.ref.sha256 in self._doubtful])
-        for seeded in missing:
-            if seeded.ref.sha256 not in there:
-                self._publish(seeded)
-            with self._guard:
-                self._doubtful.discard(seeded.ref.sha256)
-                self._present.add(seeded.ref.sha256)
-        with self._guard:
-            up_to_date = name == self._name and self._complete()
-        if up_to_date:
-            self._on_present(name)
+            stale = [ref for ref in self._stale if self._plan.wanted or ref not in self._inherited]
+            kept = {seeded.ref.sha256: seeded.ref.chunks for seeded in self._shelved()}
         for ref in stale:
             for index in range(kept.get(ref.sha256, 0), ref.chunks):
                 self._link.publish_bulk(
@@ -199,6 +229,23 @@ class Seeder:
                     self._stale.remove(ref)
                 memory = self._memory()
             self._store.remember(_MEMORY_KEY, memory)
+
+    def _bring(self, shelf: _Shelf) -> None:
+        with self._guard:
+            name = shelf.name
+            # The former plan's only while they are known to be there: nobody new will ask for them.
+            missing = [seeded for seeded in shelf.wanted if seeded.ref.sha256 not in self._present]
+        there = self._probe([seeded.ref for seeded in missing if seeded.ref.sha256 in self._doubtful])
+        for seeded in missing:
+            if seeded.ref.sha256 not in there:
+                self._publish(seeded)
+            with self._guard:
+                self._doubtful.discard(seeded.ref.sha256)
+                self._present.add(seeded.ref.sha256)
+        with self._guard:
+            up_to_date = bool(name) and name == shelf.name and self._complete(shelf)
+        if up_to_date:
+            shelf.tell(name)
 
     def _probe(self, refs: Sequence[ObjectRef]) -> set[str]:
         """Which of these objects the broker still holds."""

@@ -41,7 +41,8 @@ class Server:
         self.link = broker.make_link(ADDRESS, "server", on_event=self.hear)
         self.link.start()
         self.store = Store(folder, "home", create=True)
-        self.seeder = Seeder(self.link, TOPICS, self.store, self.present.append)
+        self.kept: list[str] = []
+        self.seeder = Seeder(self.link, TOPICS, self.store, self.present.append, self.kept.append)
 
     def hear(self, event: LinkEvent) -> None:
         chunk = TOPICS.parse_object_chunk(event.topic) if isinstance(event, Message) else None
@@ -59,6 +60,13 @@ class Server:
         name = f"plan {next(self.plans)}"
         self.seeder.want(name, pieces)
         eventually(lambda: name in self.present, "the broker holds them")
+        assert {ref.sha256 for _, ref in pieces} <= set(held(self.broker))
+
+    def keeps(self, *pieces: Piece) -> None:
+        """These are the objects of the releases in force; wait until the broker holds them all."""
+        name = f"releases {next(self.plans)}"
+        self.seeder.keep(name, pieces)
+        eventually(lambda: name in self.kept, "the broker holds them")
         assert {ref.sha256 for _, ref in pieces} <= set(held(self.broker))
 
     def wants_one(self, number: int, chunk_bytes: int = 64) -> ObjectRef:
@@ -233,3 +241,57 @@ def test_the_next_process_sends_only_what_the_broker_has_not(server: Start) -> N
     second.wants(new, *pieces)
     topics = [topic for _, topic, _ in second.broker.log[sent:]]
     assert topics == [TOPICS.object_chunk(new[1].sha256, index) for index in range(new[1].chunks)]
+
+
+def test_objects_of_releases_stay_while_plans_come_and_go(server: Start) -> None:
+    one = server()
+    model = one.object(10)
+    one.keeps(model)
+    refs = [one.wants_one(number) for number in range(4)]
+    kept = {model[1].sha256: SIZE, refs[-1].sha256: SIZE, refs[-2].sha256: SIZE}
+    eventually(lambda: held(one.broker) == kept, "older models are cleared")
+    assert "releases 1" not in one.present, "a plan that waits hears of its own objects only"
+
+
+def test_objects_of_a_release_that_is_not_in_force_any_more_are_cleared_without_any_plan(
+    server: Start,
+) -> None:
+    """As when a server serves releases after its last round."""
+    one = server()
+    first, second, third = (one.object(number) for number in range(3))
+    one.keeps(first, second)
+    one.keeps(second, third)
+    kept = {second[1].sha256: SIZE, third[1].sha256: SIZE}
+    eventually(lambda: held(one.broker) == kept, "the oldest is cleared")
+    one.keeps(first, second)
+    assert first[1].sha256 in held(one.broker), "one that is in force again is there again"
+
+
+def test_releases_in_force_are_not_sent_again_by_the_next_process_nor_cleared_by_its_first_plan(
+    server: Start,
+) -> None:
+    first = server()
+    model, gone = first.object(10), first.object(11)
+    first.keeps(model, gone)
+    first.close()
+    second = server()
+    sent = len(second.broker.log)
+    second.keeps(model)
+    plan = second.object(0)
+    second.wants(plan)
+    kept = {model[1].sha256: SIZE, plan[1].sha256: SIZE}
+    eventually(lambda: held(second.broker) == kept, "what is in force no more is cleared")
+    again = [topic for _, topic, payload in second.broker.log[sent:] if payload and model[1].sha256 in topic]
+    assert again == [], "the broker had kept it"
+
+
+def test_a_broker_that_forgot_everything_gets_plans_and_releases_again(server: Start) -> None:
+    one = server()
+    model, plan = one.object(10), one.object(0)
+    one.keeps(model)
+    one.wants(plan)
+    one.broker.crash()
+    one.seeder.connected()
+    eventually(
+        lambda: held(one.broker) == {model[1].sha256: SIZE, plan[1].sha256: SIZE}, "both are there again"
+    )
