@@ -72,7 +72,7 @@ def _here(arguments: list[str]) -> str:
 
 def _answers(lines: str) -> Answers:
     found = [msgspec.json.decode(line) for line in lines.splitlines()]
-    return {line["file"]: dict(line["top"]) for line in found if "top" in line}
+    return {line["source"]: dict(line["top"]) for line in found if "top" in line}
 
 
 def _compare(here: Answers, there: Answers, key: str, where: str, results: Results) -> None:

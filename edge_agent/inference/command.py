@@ -1,102 +1,187 @@
-"""``edge-agent infer``: labels for pictures, on this device. Heavy imports wait until the command runs."""
+"""``edge-agent infer``: labels for what this device sees. Heavy imports wait until the command runs."""
 
+import signal
 import sys
-import time
-from array import array
+from contextlib import ExitStack
 from pathlib import Path
+from types import FrameType
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from federation.errors import ConfigError
+from federation.errors import ConfigError, FedgeError, VerificationError
+from federation.logs import LogFormat, configure
 
 if TYPE_CHECKING:
+    from edge_agent.config import InferenceConfig
+    from edge_agent.inference.feed import Feed
+    from edge_agent.inference.loop import InferenceLoop
     from edge_agent.inference.sinks import Sink, Summary
-    from federation.task.engine import Engine
-
 
 CURRENT = "current"
 """Names the release that the aggregator rolls out, where a file could stand."""
 
+MQTT = "mqtt"
+
 
 def infer(
+    bundle: Annotated[
+        Path | None,
+        typer.Argument(
+            help="The file that `aggregator enroll` wrote for this device; for --model current, --publish."
+        ),
+    ] = None,
     source: Annotated[
-        str | None, typer.Option(help="A picture, a folder (searched recursively), or - for paths on stdin.")
+        str | None,
+        typer.Option(
+            help="0 (a camera's number), picamera, rtsp://..., http://..., a video, a picture, a folder (searched "
+            "recursively), or - for paths on stdin."
+        ),
     ] = None,
     model: Annotated[
-        str | None, typer.Option("--model", help="An ONNX file that `model-export onnx` wrote.")
+        str | None,
+        typer.Option(
+            help="current for what the aggregator rolls out, or an ONNX file that `model-export onnx` wrote."
+        ),
     ] = None,
-    threads: Annotated[
-        int | None, typer.Option("--threads", min=1, max=256, help="CPU threads for the model.")
+    channel: Annotated[str | None, typer.Option(help="Of releases: stable or canary.")] = None,
+    fps: Annotated[
+        float | None,
+        typer.Option(
+            min=0,
+            help="Frames a second to label at most; 0 is no limit. Default: 10 for cameras and streams, no limit for files.",
+        ),
     ] = None,
+    threads: Annotated[int | None, typer.Option(min=1, max=256, help="CPU threads for the model.")] = None,
     top: Annotated[
-        int | None, typer.Option("--top", min=1, max=4096, help="How many classes to show for each picture.")
+        int | None, typer.Option(min=1, max=4096, help="How many classes to show for each picture.")
     ] = None,
+    publish: Annotated[str | None, typer.Option(help="mqtt: send predictions to the broker.")] = None,
+    save: Annotated[Path | None, typer.Option(help="Append predictions to this file, as JSON lines.")] = None,
     file: Annotated[
         Path | None, typer.Option("--config", "-c", help="TOML file with what the flags say, in [inference].")
     ] = None,
+    state: Annotated[
+        Path | None,
+        typer.Option(help="Folder for what must survive, releases too; default BUNDLE's name beside it."),
+    ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON lines.")] = False,
     limit: Annotated[int, typer.Option(min=0, help="Stop after so many pictures; 0 means no limit.")] = 0,
+    log_level: Annotated[str, typer.Option("--log-level", help="debug, info, warning or error.")] = "info",
+    log_format: Annotated[
+        LogFormat, typer.Option("--log-format", help="console or json; auto looks at stderr.")
+    ] = "auto",
 ) -> None:
     """Say what is in pictures, with confidence and latency, using onnxruntime on the CPU.
 
     Pictures that cannot be read are told on stderr and skipped; only if none can be read is that an error (2).
+    A camera is read until SIGTERM or Ctrl-C, and opened again when it was lost.
     """
     from edge_agent.config import AgentConfig
     from federation.config import load
 
-    flags = {"source": source, "model": model, "threads": threads, "top": top}
+    given = {
+        "source": source,
+        "model": model,
+        "channel": channel,
+        "fps": fps,
+        "threads": threads,
+        "top": top,
+        "publish": publish,
+        "save": None if save is None else str(save),
+    }
     settings = load(
-        AgentConfig, file=file, flags={f"inference.{name}": value for name, value in flags.items()}
-    ).inference
-    if not settings.source:
-        raise ConfigError("nothing to look at: give --source, e.g. --source /home/pi/pictures")
-    if settings.model == CURRENT:
-        raise ConfigError("no model: give --model FILE, which `model-export onnx` writes")
+        AgentConfig,
+        file=file,
+        flags={
+            "state_dir": None if state is None else str(state),
+            **{f"inference.{name}": value for name, value in given.items()},
+        },
+    )
+    chosen = settings.inference
+    _check(chosen, bundle)
 
-    from edge_agent.inference.sinks import JsonSink, TextSink
-    from federation.task.engine import Engine
+    from edge_agent.inference.sources import open_feed
 
-    sink = (JsonSink if as_json else TextSink)(sys.stdout, sys.stderr)
-    engine = Engine(Path(settings.model), threads=settings.threads, top=settings.top)
-    summary = classify(engine, settings.source, sink, limit=limit)
-    if not summary.images:
-        what = (
-            f"none of its {summary.unreadable} pictures can be read"
-            if summary.unreadable
-            else "it has no pictures"
-        )
-        raise ConfigError(f"nothing to classify in --source {settings.source}: {what}")
+    feed = open_feed(chosen.source, fps=chosen.fps, file_fps=fps or 0, stdin=sys.stdin.fileno())
+    if feed.live or bundle is not None:
+        configure(level=log_level, form=log_format)
+    with ExitStack() as stack:
+        loop = _assemble(stack, feed, chosen, as_json=as_json, limit=limit)
+        _stop_at_signals(loop)
+        from federation.task.engine import Engine
+
+        loop.install(Engine(Path(chosen.model), threads=chosen.threads, top=chosen.top))
+        summary = loop.run()
+        if not summary.images and not loop.stopped:
+            raise _nothing(chosen.source, summary, loop.last_failure)
 
 
-def classify(engine: "Engine", source: str, sink: "Sink", *, limit: int = 0) -> "Summary":
-    """Run a model over a source and hand everything to a sink, the summary last.
-
-    Args:
-        engine: The model.
-        source: As :func:`edge_agent.inference.sources.frames` takes it.
-        sink: Takes predictions and problems as they come.
-        limit: Pictures, readable or not, after which to stop; 0 means no limit.
+def _check(settings: "InferenceConfig", bundle: Path | None) -> None:
+    """Refuse what cannot work.
 
     Raises:
-        ConfigError: If the source does not exist.
+        ConfigError: With what is missing.
     """
-    from edge_agent.inference.sinks import summarise
-    from edge_agent.inference.sources import Unreadable, frames
+    if bundle is not None and bundle.suffix == ".onnx":
+        raise ConfigError(
+            f"{bundle} is a model: name it with --model {bundle}; BUNDLE is what `aggregator enroll` wrote"
+        )
+    if not settings.source:
+        raise ConfigError(
+            "nothing to look at: give --source, e.g. --source 0 for the first camera, or a folder of pictures"
+        )
+    if settings.model == CURRENT and bundle is None:
+        raise ConfigError(
+            "--model current is the release that the aggregator rolls out to this device: give the device's BUNDLE, "
+            "or a file of your own with --model FILE"
+        )
+    if settings.publish == MQTT and bundle is None:
+        raise ConfigError("--publish mqtt needs this device's account on the broker: give its BUNDLE")
 
-    latencies_ms = array("d")
-    unreadable = 0
-    started = time.perf_counter()
-    for number, frame in enumerate(frames(source, sys.stdin), start=1):
-        if isinstance(frame, Unreadable):
-            unreadable += 1
-            sink.unreadable(frame)
-        else:
-            prediction = engine.predict(frame.image)
-            latencies_ms.append(prediction.latency_ms)
-            sink.prediction(frame.name, prediction)
-        if number == limit:
-            break
-    summary = summarise(latencies_ms, unreadable=unreadable, elapsed_s=time.perf_counter() - started)
-    sink.summary(summary)
-    return summary
+
+def _assemble(
+    stack: ExitStack, feed: "Feed", settings: "InferenceConfig", *, as_json: bool, limit: int
+) -> "InferenceLoop":
+    """The loop with what prints and saves."""
+    from edge_agent.inference.loop import InferenceLoop
+    from edge_agent.inference.sinks import Changes, JsonSink, LogSink, TextSink
+
+    err = None if feed.live else sys.stderr
+    # A camera's ten lines a second are for people who watch, not for a journal on an SD card.
+    news = Changes(settings.publish_interval_s) if feed.live and not sys.stdout.isatty() else None
+    sinks: list[Sink] = [JsonSink(sys.stdout, err) if as_json else TextSink(sys.stdout, err, news)]
+    if feed.live:
+        sinks.append(LogSink())
+    if settings.save:
+        from edge_agent.inference.saving import SaveSink
+
+        sinks.append(SaveSink(Path(settings.save), forgiving=feed.live))
+    for sink in sinks:
+        stack.callback(sink.close)
+    return InferenceLoop(feed, sinks, limit=limit)
+
+
+def _stop_at_signals(loop: "InferenceLoop") -> None:
+    """End cleanly at the first SIGTERM or Ctrl-C, and at once at the second."""
+
+    def stop(number: int, _: FrameType | None) -> None:
+        signal.signal(number, signal.default_int_handler if number == signal.SIGINT else signal.SIG_DFL)
+        loop.stop()
+
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, stop)
+
+
+def _nothing(source: str, summary: "Summary", failure: Exception | None) -> FedgeError:
+    """Why a run that ended by itself has classified nothing."""
+    if isinstance(failure, FedgeError):
+        return failure
+    if failure is not None:
+        return VerificationError(f"the model fails on every picture of --source {source}: {failure}")
+    what = (
+        f"none of its {summary.unreadable} pictures can be read"
+        if summary.unreadable
+        else "it has no pictures"
+    )
+    return ConfigError(f"nothing to classify in --source {source}: {what}")

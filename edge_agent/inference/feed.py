@@ -1,6 +1,7 @@
 """Where frames come from, as the loop sees it: something to take the next one from, and to stop."""
 
 from abc import ABC, abstractmethod
+from typing import ClassVar
 
 import numpy as np
 from msgspec import Struct
@@ -42,15 +43,21 @@ class Feed(ABC):
 
     Attributes:
         live: Whether frames come whether they are taken or not, as a camera's do. Nothing is dropped if not.
-        dropped: Frames that newer ones replaced before they were taken.
         ended: Whether there will never be another frame.
-        stuck: Whether the source has not answered for so long that only a restart of the process can help.
     """
 
-    live: bool = False
-    dropped: int = 0
+    live: ClassVar[bool] = False
     ended: bool = False
-    stuck: bool = False
+
+    @property
+    def dropped(self) -> int:
+        """Frames that newer ones replaced before they were taken."""
+        return 0
+
+    @property
+    def stuck(self) -> bool:
+        """Whether the source has not answered for so long that only a restart of the process can help."""
+        return False
 
     @abstractmethod
     def start(self) -> None:

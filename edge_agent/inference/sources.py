@@ -1,74 +1,67 @@
-"""Where pictures come from: a file, a folder, or paths on standard input. Cameras will be a further source."""
+"""What ``--source`` may be, and the feed that each of them becomes."""
 
-from collections.abc import Iterator
+import re
 from pathlib import Path
-from typing import TextIO
 
-from msgspec import Struct
-from PIL import Image
-
+from edge_agent.inference.feed import Feed, Pace
+from edge_agent.inference.pictures import FolderFeed, StdinFeed
 from federation.errors import ConfigError
-from federation.task.preprocessing import UNREADABLE, find_images
 
 STDIN = "-"
+PICAMERA = "picamera"
+
+VIDEO_SUFFIXES = frozenset(
+    {".avi", ".m4v", ".mjpeg", ".mjpg", ".mkv", ".mov", ".mp4", ".mpeg", ".mpg", ".ts", ".webm", ".wmv"}
+)
+"""What is taken for a video. Any other file is taken for a picture."""
+
+_URL = re.compile(r"[a-z][a-z0-9+.-]*://", re.IGNORECASE)
+_SCHEMES = ("http", "https", "rtmp", "rtsp", "rtsps")
 
 
-class Frame(Struct, frozen=True, kw_only=True):
-    """One picture, decoded.
-
-    Attributes:
-        name: Its path.
-        image: The pixels, in whatever mode and size the file has.
-    """
-
-    name: str
-    image: Image.Image
-
-
-class Unreadable(Struct, frozen=True, kw_only=True):
-    """A picture that could not be read.
-
-    Attributes:
-        name: Its path.
-        reason: For people, one line.
-    """
-
-    name: str
-    reason: str
-
-
-def frames(source: str, stdin: TextIO) -> Iterator[Frame | Unreadable]:
-    """Read pictures one after the other.
+def open_feed(source: str, *, fps: float, file_fps: float, stdin: int) -> Feed:
+    """Make the feed for a source. Nothing of a camera is touched before the feed is started.
 
     Args:
-        source: A picture, a folder (searched recursively, names in order within each folder), or ``-`` for one path
-            per line on ``stdin``.
-        stdin: Where paths come from when ``source`` is ``-``.
+        source: A camera's number or device file, ``picamera``, the URL of a stream, a video, a picture, a folder, or
+            ``-`` for paths on standard input.
+        fps: Frames a second to take from a camera or a stream at most; 0 is no limit.
+        file_fps: The same for everything else.
+        stdin: Descriptor to read paths from.
 
     Raises:
-        ConfigError: If ``source`` does not exist.
+        ConfigError: If the source does not exist or is not understood, or what it needs is not installed.
     """
-    for path in _paths(source, stdin):
-        yield _read(path)
-
-
-def _paths(source: str, stdin: TextIO) -> Iterator[Path]:
     path = Path(source)
     if source == STDIN:
-        yield from (Path(name) for line in stdin if (name := line.rstrip("\r\n")))
-    elif path.exists():
-        yield from find_images(path)
-    else:
+        return StdinFeed(stdin, Pace(file_fps))
+    if source == PICAMERA or source.isdecimal() or _URL.match(source) or path.is_char_device():
+        return _live(source, fps)
+    if not path.exists():
         raise ConfigError(
-            f"--source {source} does not exist: name a picture, a folder, or - for paths on stdin"
+            f"--source {source} does not exist: name a camera's number, {PICAMERA}, rtsp://..., http://..., a video, "
+            "a picture, a folder, or - for paths on stdin"
         )
+    if path.suffix.lower() in VIDEO_SUFFIXES and path.is_file():
+        from edge_agent.inference.videos import VideoFeed
+
+        return VideoFeed(path, Pace(file_fps))
+    return FolderFeed(path, Pace(file_fps))
 
 
-def _read(path: Path) -> Frame | Unreadable:
-    try:
-        with Image.open(path) as image:
-            image.load()
-    except UNREADABLE as error:
-        reason = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
-        return Unreadable(name=str(path), reason=" ".join(reason.split()) or type(error).__name__)
-    return Frame(name=str(path), image=image)
+def _live(source: str, fps: float) -> Feed:
+    from edge_agent.inference.cameras import Camera, DeviceCamera, PiCamera, StreamCamera
+    from edge_agent.inference.capture import Capture
+
+    camera: Camera
+    if source == PICAMERA:
+        camera = PiCamera(fps)
+    elif source.isdecimal():
+        camera = DeviceCamera(Path(f"/dev/video{source}"), f"camera {source}")
+    elif not _URL.match(source):
+        camera = DeviceCamera(Path(source), source)
+    elif source.partition(":")[0].lower() in _SCHEMES:
+        camera = StreamCamera(source)
+    else:
+        raise ConfigError(f"--source: {source.partition(':')[0]}:// is not read, only {', '.join(_SCHEMES)}")
+    return Capture(camera, Pace(fps))

@@ -95,7 +95,7 @@ def test_the_model_comes_out_as_onnx_and_reads_digits_that_no_agent_has_seen(
     inferred = run_command("edge_agent.cli", "infer", "--model", model, "--source", images, "--json")
     assert inferred.returncode == 0, inferred.stderr
     lines = [json.loads(line) for line in inferred.stdout.splitlines()]
-    right = [line for line in lines if "label" in line and line["file"].endswith(f"-{line['label']}.png")]
+    right = [line for line in lines if "label" in line and line["source"].endswith(f"-{line['label']}.png")]
     assert lines[-1]["summary"]["images"] == 20
     assert len(right) >= 17, lines
 

@@ -82,10 +82,10 @@ def test_json_lines_are_for_programs(tmp_path: Path, pictures: Path) -> None:
     done = _infer("--model", make_model(tmp_path), "--source", pictures, "--json")
     assert done.returncode == 0
     first, broken, *_, last = map(json.loads, done.stdout.splitlines())
-    assert first["file"] == f"{pictures}/a.png"
-    assert (first["label"], first["index"]) == ("bright", 1)
+    assert first["source"] == f"{pictures}/a.png"
+    assert first["label"] == "bright"
     assert [label for label, _ in first["top"]] == ["bright", "other", "dark"]
-    assert broken["file"] == f"{pictures}/b/0.png"
+    assert broken["source"] == f"{pictures}/b/0.png"
     assert broken["error"]
     assert (last["summary"]["images"], last["summary"]["unreadable"]) == (3, 1)
     assert last["summary"]["p50_ms"] <= last["summary"]["p99_ms"]
