@@ -116,8 +116,11 @@ class Engine:
         latency_ms = (time.perf_counter() - started) * 1000 / len(images)
         return [self._prediction(answer, latency_ms) for answer in answers]
 
-    def warm_up(self) -> None:
+    def warm_up(self, runs: int = _WARM_UPS) -> None:
         """Run a blank picture of the model's own size a few times, so that the first real one is as fast as the others.
+
+        Args:
+            runs: How often; a benchmark takes as many as it times, for this is the graph and nothing else.
 
         Raises:
             VerificationError: As :meth:`predict`.
@@ -125,11 +128,11 @@ class Engine:
         recipe = self.card.preprocessing
         if self._fused:
             frames = np.zeros((1, recipe.height, recipe.width, recipe.channels), np.uint8)
-            for _ in range(_WARM_UPS):
+            for _ in range(runs):
                 self._run_fused(frames)
         else:
             blank = np.zeros((1, recipe.channels, recipe.height, recipe.width), np.float32)
-            for _ in range(_WARM_UPS):
+            for _ in range(runs):
                 self._run(blank)
 
     def _run_fused(self, frames: np.ndarray) -> list[list[tuple[int, float]]]:
