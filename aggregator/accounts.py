@@ -135,5 +135,6 @@ def rights(account: Account, topics: Topics) -> Rights:
             topics.objects,
             topics.down(name),
             topics.state(name),
+            topics.model(name),
         ),
     )
