@@ -1,25 +1,28 @@
 """``model-export``: from the aggregator's checkpoints to files that devices run."""
 
-import shlex
 from pathlib import Path
 from typing import Annotated, NoReturn
 
 import typer
 
-from export.convert import DEFAULT_OPSET, OLDEST_OPSET, ExportReport, default_output, export_onnx
+from export.benchmark_command import benchmark
+from export.convert import DEFAULT_TOPK, default_folder, export_model
+from export.gates import DEFAULT_MAX_DROP
 from export.parity import DEFAULT_TOLERANCE
+from export.pictures import DEFAULT_MEASURED
+from export.report import as_json as as_json_text
+from export.report import describe
+from export.requirements import NEWEST_OPSET
+from export.tracing import DEFAULT_OPSET, OLDEST_OPSET
 from federation.cli import new_app, run
 from federation.errors import ConfigError
 from federation.task.checkpoint import find_checkpoint, read_info
+from federation.task.model_card import Preprocess
+from federation.wire.release import ModelFormat
 
 app = new_app("Bring a federation's model to devices.")
 
-_MAX_LABELS_SHOWN = 10
-
-
-@app.callback()
-def _commands() -> None:
-    """Keep ``onnx`` a subcommand while it is the only one."""
+app.command("benchmark")(benchmark)
 
 
 @app.command()
@@ -28,61 +31,81 @@ def onnx(
     *,
     output: Annotated[
         Path | None,
-        typer.Option("--output", "-o", help="Default: MODEL-round-N.onnx in the current folder."),
+        typer.Option("--output", "-o", help="Folder; default MODEL-round-N in the current one."),
     ] = None,
     number: Annotated[
         int | None, typer.Option("--round", min=0, help="Of a state folder; the newest by default.")
     ] = None,
-    opset: Annotated[int, typer.Option(min=OLDEST_OPSET, help="ONNX operator set.")] = DEFAULT_OPSET,
+    wanted: Annotated[ModelFormat, typer.Option("--format", help="Of the weights.")] = ModelFormat.FP32,
+    int8: Annotated[bool, typer.Option("--int8", help="The same as --format int8.")] = False,
+    half: Annotated[bool, typer.Option("--half", help="The same as --format fp16.")] = False,
+    data: Annotated[
+        str | None,
+        typer.Option(
+            help="Real pictures to calibrate and to measure with: a folder of pictures, a folder with one folder for each "
+            "class, or a data set such as mnist:PATH."
+        ),
+    ] = None,
+    imgsz: Annotated[
+        int | None,
+        typer.Option(min=4, max=4096, help="Side of the model's input, pixels; default as trained."),
+    ] = None,
+    preprocess: Annotated[
+        Preprocess, typer.Option(help="fused: the model takes raw frames of any size. none: normalised ones.")
+    ] = "fused",
+    topk: Annotated[int, typer.Option(min=1, help="Classes that a fused model answers with.")] = DEFAULT_TOPK,
+    max_drop: Annotated[
+        float, typer.Option(min=0, max=100, help="Most points of accuracy that a smaller format may lose.")
+    ] = DEFAULT_MAX_DROP,
+    latency_gate: Annotated[
+        bool, typer.Option("--latency-gate/--no-latency-gate", help="Refuse a format that is slower here.")
+    ] = True,
+    samples: Annotated[
+        int, typer.Option(min=1, help="Most pictures of --data to measure with.")
+    ] = DEFAULT_MEASURED,
+    opset: Annotated[
+        int, typer.Option(min=OLDEST_OPSET, max=NEWEST_OPSET, help="ONNX operator set.")
+    ] = DEFAULT_OPSET,
     tolerance: Annotated[
         float, typer.Option(min=0, help="Largest difference to torch, relative to the largest logit.")
     ] = DEFAULT_TOLERANCE,
-    images: Annotated[
-        Path | None, typer.Option(help="Real pictures for the parity check, besides random ones.")
-    ] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print the report as JSON.")] = False,
 ) -> None:
-    """Write one self-contained ONNX file, after checking that onnxruntime agrees with torch.
+    """Write a folder with a model and the pictures that prove it, after checking that onnxruntime agrees with torch.
 
-    When they disagree no file is written and the exit code is 5.
+    When they disagree nothing is written and the exit code is 5. A smaller format that loses too much accuracy, or is
+    slower, is not written: fp32 is, and the report says why.
     """
+    asked = {ModelFormat.INT8: int8, ModelFormat.FP16: half}
+    formats = {kind for kind, given in asked.items() if given} | ({wanted} - {ModelFormat.FP32})
+    if len(formats) > 1:
+        raise ConfigError(f"--format: {' and '.join(sorted(formats))} were asked for, a model has one")
     if source.is_dir():
         checkpoint = find_checkpoint(source, number)
     elif number is None:
         checkpoint = source
     else:
         raise ConfigError(f"--round chooses in a state folder, but {source} is not one: leave --round away")
-    target = output or default_output(read_info(checkpoint))
-    if target.is_dir():
-        target /= default_output(read_info(checkpoint))
-    typer.echo(_describe(export_onnx(checkpoint, target, opset=opset, tolerance=tolerance, images=images)))
+    report = export_model(
+        checkpoint,
+        output or default_folder(read_info(checkpoint)),
+        format=formats.pop() if formats else wanted,
+        preprocess=preprocess,
+        data=data,
+        imgsz=imgsz,
+        topk=topk,
+        max_drop=max_drop,
+        latency_gate=latency_gate,
+        measured=samples,
+        opset=opset,
+        tolerance=tolerance,
+    )
+    typer.echo(as_json_text(report) if as_json else describe(report))
 
 
 def main() -> NoReturn:
     """Entry point of the console script."""
     run(app)
-
-
-def _describe(report: ExportReport) -> str:
-    parity, task, metrics = report.parity, report.info.task, report.card.provenance.metrics
-    shown = ", ".join(task.labels[:_MAX_LABELS_SHOWN])
-    more = len(task.labels) - _MAX_LABELS_SHOWN
-    compared = f"{parity.random_inputs} random inputs"
-    if parity.images:
-        compared += f", {parity.images} images"
-    rows = {
-        "file": f"{report.path} ({report.size_bytes / 1e6:.2f} MB)",
-        "model": f"{task.model}, round {report.info.round} of {report.info.federation}",
-        "input": f"N x {task.channels} x {task.height} x {task.width}, opset {report.opset}",
-        "labels": f"{shown}, and {more} more" if more > 0 else shown,
-        "parity": f"within {parity.relative_error:.1e} of torch (limit {parity.tolerance:.1e}; {compared}), "
-        "no class changed",
-        "hold-out": "not measured"
-        if metrics is None
-        else f"{metrics.accuracy:.2%} of {metrics.samples} images, loss {metrics.loss:.4f}",
-        "next": f"edge-agent infer --model {shlex.quote(str(report.path))} --source FOLDER",
-    }
-    width = max(len(name) for name in rows)
-    return "\n".join(f"{name:<{width}}  {value}" for name, value in rows.items())
 
 
 if __name__ == "__main__":
