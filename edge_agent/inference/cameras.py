@@ -21,6 +21,9 @@ PI_SIZE = (640, 480)
 
 _REACH_TIMEOUT_S = 3.0
 _DEFAULT_PORTS = {"http": 80, "https": 443, "rtmp": 1935, "rtsp": 554, "rtsps": 322}
+SCHEMES = tuple(_DEFAULT_PORTS)
+"""Of the URLs of streams."""
+
 _RGB = 3
 
 
@@ -132,12 +135,23 @@ class StreamCamera(OpenCvCamera):
 
     Args:
         url: May hold a user name and a password; neither is ever shown.
+
+    Raises:
+        ConfigError: If OpenCV is not installed, or the URL names no host or no possible port.
     """
 
     def __init__(self, url: str) -> None:
         super().__init__()
         self._url = url
         self.name = without_secrets(url)
+        parts = urlsplit(url)
+        try:
+            port = parts.port or _DEFAULT_PORTS[parts.scheme]
+        except ValueError as error:
+            raise ConfigError(f"--source {self.name}: {error}") from error
+        if not parts.hostname:
+            raise ConfigError(f"--source {self.name} names no host")
+        self._place = (parts.hostname, port)
 
     def _connect(self) -> Capturing:
         return Capturing(
@@ -151,15 +165,12 @@ class StreamCamera(OpenCvCamera):
         )
 
     def _why_not(self) -> str:
-        parts = urlsplit(self._url)
-        port = parts.port or _DEFAULT_PORTS.get(parts.scheme)
-        if not parts.hostname or port is None:
-            return "the URL is not understood"
+        host, port = self._place
         try:
-            socket.create_connection((parts.hostname, port), _REACH_TIMEOUT_S).close()
+            socket.create_connection(self._place, _REACH_TIMEOUT_S).close()
         except OSError as error:
-            return f"{parts.hostname}:{port} cannot be reached: {error.strerror or error}"
-        return f"{parts.hostname}:{port} answers, but gives no video: check path, user name and password"
+            return f"{host}:{port} cannot be reached: {error.strerror or error}"
+        return f"{host}:{port} answers, but gives no video: check path, user name and password"
 
 
 class PiCamera(Camera):
@@ -235,7 +246,8 @@ def from_picamera(frame: np.ndarray) -> Pixels | None:
 
 
 def without_secrets(url: str) -> str:
-    """A URL as it may be shown: without user name, password and query, which may hold a token."""
+    """A URL as it may be shown: no user name, no password, no query, and no path like ``/user=admin&password=x``."""
     parts = urlsplit(url)
     host = parts.netloc.rpartition("@")[2]
-    return f"{parts.scheme}://{host}{parts.path}"
+    path = "/..." if "=" in parts.path else parts.path
+    return f"{parts.scheme}://{host}{path}"

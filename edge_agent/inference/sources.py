@@ -16,7 +16,6 @@ VIDEO_SUFFIXES = frozenset(
 """What is taken for a video. Any other file is taken for a picture."""
 
 _URL = re.compile(r"[a-z][a-z0-9+.-]*://", re.IGNORECASE)
-_SCHEMES = ("http", "https", "rtmp", "rtsp", "rtsps")
 
 
 def open_feed(source: str, *, fps: float, file_fps: float, stdin: int) -> Feed:
@@ -50,7 +49,7 @@ def open_feed(source: str, *, fps: float, file_fps: float, stdin: int) -> Feed:
 
 
 def _live(source: str, fps: float) -> Feed:
-    from edge_agent.inference.cameras import Camera, DeviceCamera, PiCamera, StreamCamera
+    from edge_agent.inference.cameras import SCHEMES, Camera, DeviceCamera, PiCamera, StreamCamera
     from edge_agent.inference.capture import Capture
 
     camera: Camera
@@ -60,8 +59,8 @@ def _live(source: str, fps: float) -> Feed:
         camera = DeviceCamera(Path(f"/dev/video{source}"), f"camera {source}")
     elif not _URL.match(source):
         camera = DeviceCamera(Path(source), source)
-    elif source.partition(":")[0].lower() in _SCHEMES:
+    elif source.partition(":")[0].lower() in SCHEMES:
         camera = StreamCamera(source)
     else:
-        raise ConfigError(f"--source: {source.partition(':')[0]}:// is not read, only {', '.join(_SCHEMES)}")
+        raise ConfigError(f"--source: {source.partition(':')[0]}:// is not read, only {', '.join(SCHEMES)}")
     return Capture(camera, Pace(fps))
