@@ -96,11 +96,15 @@ def serve(
     down_encoding: Annotated[
         str | None, typer.Option("--down-encoding", help="Of the model's change: sq:4, ..., or full.")
     ] = None,
+    stay: Annotated[
+        bool | None,
+        typer.Option("--stay/--no-stay", help="Go on serving releases after the last round (release.stay)."),
+    ] = None,
     settings: SetOption = None,
     log_level: LevelOption = "info",
     log_format: FormatOption = "auto",
 ) -> None:
-    """Serve until the run is finished. Stop it at any moment: started again, it goes on with the same round."""
+    """Serve until the run is finished, and with --stay its releases beyond that. Stop it at any moment: started again, it goes on with the same round."""
     from aggregator.service import Service
     from aggregator.startup import prepared
 
@@ -110,6 +114,7 @@ def serve(
         "state_dir": state,
         "up_encoding": up_encoding,
         "down_encoding": down_encoding,
+        "release.stay": stay,
         "broker.url": broker,
         "broker.listen": listen,
         "task.model": model,

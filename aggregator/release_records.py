@@ -150,7 +150,7 @@ class StoredFollower:
     Attributes:
         agent: Its name.
         model: Its last word about that; None if it has only reported.
-        sessions: Of its processes, the newest last; a bounded number is kept.
+        sessions: Of its processes that have reported, the newest last; a bounded number is kept.
         changed_at: Unix seconds.
     """
 

@@ -16,7 +16,7 @@ REPORTED_RELEASES = 50
 """Releases whose reports are kept: with one row for each device and release the table cannot grow without end."""
 
 SESSIONS_KEPT = 8
-"""Lives of a device's process that are remembered: what an earlier one said is not taken for news."""
+"""Lives of a device's process that are remembered: what an earlier one has reported is not taken for news."""
 
 _SCHEMA = (
     """CREATE TABLE IF NOT EXISTS reports (
@@ -67,10 +67,12 @@ class ReleaseReports:
 
     def record_model(self, agent: str, model: ModelState) -> None:
         """Keep what a device says that it runs."""
-        now = time.time()
         with self._store.transaction() as db:
-            _remember_session(db, agent, model.session, now)
-            db.execute("UPDATE followers SET model = ? WHERE agent = ?", (encode_json(model).decode(), agent))
+            db.execute(
+                "INSERT INTO followers VALUES (?, ?, '[]', ?) ON CONFLICT (agent) DO UPDATE SET "
+                "model = excluded.model, changed_at = excluded.changed_at",
+                (agent, encode_json(model).decode(), time.time()),
+            )
 
     def followers(self) -> dict[str, StoredFollower]:
         """All devices that have ever said which model they run, by name."""

@@ -31,6 +31,7 @@ from aggregator.release_records import (
     StoredRequest,
 )
 from aggregator.release_reports import ReleaseReports
+from aggregator.rollout_events import Announce, Command, Mark, Note
 from federation.errors import ConfigError
 from federation.files import disk_error, sync_folder, write_whole
 from federation.release import GOLDEN_FILE, MANIFEST_FILE, MODEL_FILE
@@ -182,6 +183,32 @@ class ReleaseStore(ReleaseReports):
                 except OSError as error:
                     raise disk_error(error, row.folder) from error
 
+    # --- decisions ----------------------------------------------------------------------------------------------
+
+    def carry_out(
+        self, commands: Sequence[Command], request: StoredRequest | None = None, outcome: str = ""
+    ) -> None:
+        """Commit what the rollout has decided, all or nothing.
+
+        Args:
+            commands: Of one event.
+            request: What they answer, if an operator asked.
+            outcome: The answer.
+        """
+        if not commands and request is None:
+            return
+        with self._store.transaction() as db:
+            for command in commands:
+                match command:
+                    case Announce():
+                        _announce(db, command)
+                    case Mark(number, state, reason):
+                        _mark(db, number, state, reason)
+                    case Note():
+                        pass  # for the log
+            if request is not None:
+                _answer(db, request.id, outcome)
+
     # --- channels and manifests ---------------------------------------------------------------------------------
 
     def channel(self, channel: Channel) -> StoredChannel | None:
@@ -209,6 +236,11 @@ class ReleaseStore(ReleaseReports):
                 (_VERSION_KEY, str(version)),
             )
         return version
+
+    def first_manifest(self) -> int:
+        """The version that the next manifest has at least."""
+        row = self._store.read("SELECT value FROM meta WHERE key = ?", (_VERSION_KEY,)).fetchone()
+        return 1 if row is None else int(row[0]) + 1
 
     def record_manifest(self, manifest: Manifest, envelope: bytes) -> None:
         """Keep a manifest that was signed, here and beside the files of its release, before it is published.
@@ -290,6 +322,14 @@ def _mark(db: sqlite3.Connection, number: int, state: ReleaseState, reason: str)
     )
     if state is ReleaseState.STABLE:
         db.execute("UPDATE releases SET stable_at = ? WHERE number = ? AND stable_at IS NULL", (now, number))
+
+
+def _announce(db: sqlite3.Connection, command: Announce) -> None:
+    db.execute(
+        "INSERT INTO channels VALUES (?, ?, ?, ?, ?) ON CONFLICT (channel) DO UPDATE SET number = excluded.number, "
+        "share = excluded.share, began_at = excluded.began_at, first_manifest = excluded.first_manifest",
+        (command.channel.value, command.number, command.share, time.time(), command.first_manifest),
+    )
 
 
 def _answer(db: sqlite3.Connection, request: int, outcome: str) -> None:

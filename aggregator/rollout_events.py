@@ -182,3 +182,9 @@ class CanaryRecord:
     share: float
     first_manifest: int
     elapsed_s: float
+
+
+class ForReleases:
+    """Base of what other threads post to the server's loop for ``aggregator.release_service``."""
+
+    __slots__ = ()

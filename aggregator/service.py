@@ -13,6 +13,7 @@ from dataclasses import dataclass
 import structlog
 
 from aggregator.admission import Limits, OpenRound
+from aggregator.after_run import MakeRelease
 from aggregator.announcements import Announcements
 from aggregator.averaging import Averaged, Averaging
 from aggregator.central_noise import CentralNoise
@@ -24,6 +25,9 @@ from aggregator.masked_noise import MaskedNoise
 from aggregator.plans import Plans, log_opened
 from aggregator.presence import Presence
 from aggregator.reception import Checked, Reception
+from aggregator.release_keys import ReleaseKeys
+from aggregator.release_service import ObjectsKept, ReleaseService
+from aggregator.rollout_events import ForReleases
 from aggregator.rounds import (
     AgentOffline,
     AgentOut,
@@ -84,7 +88,7 @@ class _ModelPresent:
 
 
 class Service:
-    """Serves one federation until its run is finished or it is told to stop.
+    """Serves one federation until its run is finished (with ``release.stay`` beyond that) or it is told to stop.
 
     Args:
         config: Settings.
@@ -93,6 +97,7 @@ class Service:
         task: What is learned.
         address: Of the broker.
         make_link: Makes the link to it.
+        make_release: Makes a release of a finished run's model; None where nothing is released by itself.
     """
 
     def __init__(
@@ -104,6 +109,7 @@ class Service:
         address: BrokerAddress,
         *,
         make_link: MakeLink = Link,
+        make_release: MakeRelease | None = None,
     ) -> None:
         self._config, self._store, self._enrolment, self._task = config, store, enrolment, task
         self._topics = Topics(config.federation)
@@ -157,7 +163,22 @@ class Service:
             on_back=self._back,
         )
         self._seeder = Seeder(
-            self._link, self._topics, store, lambda version: self._inbox.post(_ModelPresent(version))
+            self._link,
+            self._topics,
+            store,
+            lambda version: self._inbox.post(_ModelPresent(version)),
+            lambda name: self._inbox.post(ObjectsKept(name)),
+        )
+        self._releases = ReleaseService(
+            store=store,
+            config=config.release,
+            topics=self._topics,
+            link=self._link,
+            keys=ReleaseKeys(store.folder),
+            enrolled=enrolment,
+            seeder=self._seeder,
+            submit=self._submit,
+            make=make_release,
         )
         self._watch = Watch(TrafficLog(store), self._link, self._reception.progress)
         self._evaluation = Evaluation(store, self._submit)
@@ -197,9 +218,10 @@ class Service:
             if self._config.task.holdout:
                 info = CheckpointInfo(federation=self._config.federation, round=0, task=self._task)
                 self._evaluation.prepare(self._config.task.holdout, info)
+            self._releases.start(time.monotonic())
             start = self._rounds.start(time.monotonic(), self._record(), evaluate_first=self._unevaluated)
             self._feed(self._act(start, time.monotonic()), time.monotonic())
-            while not self._stopping and self._rounds.phase is not Phase.FINISHED:
+            while not self._stopping and self._wanted():
                 self._turn()
             self._hear_accounts()
             return self._rounds.phase is Phase.FINISHED
@@ -215,6 +237,14 @@ class Service:
         log.info("stop_requested")
         self._stopping = True
         self._inbox.wake()
+
+    def _wanted(self) -> bool:
+        """Whether there is anything left to do."""
+        return (
+            self._rounds.phase is not Phase.FINISHED
+            or self._config.release.stay
+            or self._releases.pending(time.monotonic())
+        )
 
     def _record(self) -> RoundRecord | None:
         row = self._interrupted
@@ -241,6 +271,7 @@ class Service:
         due = [
             self._announced.due,
             self._watch.due,
+            self._releases.next_wakeup(),
             *(
                 at
                 for room in (self._rounds, self._reception, self._secure)
@@ -253,6 +284,7 @@ class Service:
             self._feed(self._take(item, now), now)
         if item is None or now >= min(due):  # an inbox that is never empty must not stop the clock
             self._reception.tick(now)
+            self._releases.tick(now)
             self._feed([*self._secure.tick(now), Tick()], now)
         if now >= self._announced.due:
             self._announced.refresh(self._link, now)
@@ -296,20 +328,30 @@ class Service:
             case _ModelPresent(version):
                 if self._announced.model_present(version, self._link, now):
                     return self._secure.announced(now)
+            case ForReleases():
+                self._releases.take(item)
             case BaseException():
                 raise item
+            case Connected() | Disconnected() | Overflow() | LinkFailed():
+                return self._link_changed(item, now)
+            case _:
+                raise AssertionError(f"nobody posts {type(item).__name__}")
+        return []
+
+    def _link_changed(
+        self, item: Connected | Disconnected | Overflow | LinkFailed, now: float
+    ) -> list[Event]:
+        match item:
             case Connected():
                 self._subscribe(now)
                 return self._secure.connected(now)
-            case Disconnected():
-                pass  # the link has said why, and goes on trying; the round goes on without it
+            case Disconnected():  # the link has said why, and goes on trying; the round goes on without it
+                self._releases.disconnected(now)
             case Overflow(dropped):
                 log.warning("inbox_overflowed", dropped=dropped, remedy="agents repeat what was lost")
                 self._subscribe(now)
             case LinkFailed(error):
                 log.error("link_fault", error=error)
-            case _:
-                raise AssertionError(f"nobody posts {type(item).__name__}")
         return []
 
     def _folded(self, number: int, result: FoldResult) -> list[Event]:
@@ -329,11 +371,17 @@ class Service:
 
     def _subscribe(self, now: float) -> None:
         self._link.subscribe(
-            [(self._topics.state("+"), 1), (self._topics.telemetry("+"), 0), (self._topics.up("+"), 1)]
+            [
+                (self._topics.state("+"), 1),
+                (self._topics.telemetry("+"), 0),
+                (self._topics.up("+"), 1),
+                (self._topics.model("+"), 1),
+            ]
         )
         self._presence.connected()
         self._announced.repeat(self._link, now)
         self._seeder.connected()
+        self._releases.connected(now)
 
     def _message(self, message: Message, now: float) -> list[Event]:
         chunk = self._topics.parse_object_chunk(message.topic)
@@ -353,6 +401,8 @@ class Service:
                 return self._secure.message(topic.agent, message.payload, now)
             case "chunk":
                 self._reception.chunk(topic.agent, topic.sha256, topic.index, message.payload, now)
+            case "release" | "model":
+                self._releases.message(topic.agent, topic.kind, message.payload, now, retained=message.retain)
             case "telemetry":
                 self._presence.telemetry(topic.agent, message.payload, now)
         return []
@@ -385,6 +435,7 @@ class Service:
                 case Finish(number, reason):
                     log.info("run_finished", round=number, reason=reason)
                     self._idle(number, reason, finished=True)
+                    self._releases.run_finished(number)
         return events
 
     def _open(self, command: OpenCommand) -> None:

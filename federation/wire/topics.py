@@ -24,7 +24,7 @@ class AgentTopic:
 
     Attributes:
         agent: The agent whose branch it is.
-        kind: ``state``, ``telemetry``, ``offer``, ``release``, ``masking up``, ``chunk``, ``credit``, ``receipt`` or ``masking down``.
+        kind: ``state``, ``telemetry``, ``model``, ``offer``, ``release``, ``masking up``, ``chunk``, ``credit``, ``receipt`` or ``masking down``.
         sha256: Of the object, for a chunk.
         index: Of the chunk.
     """
@@ -129,7 +129,7 @@ class Topics:
         if not topic.startswith(head):
             return None
         match topic[len(head) :].split("/"):
-            case [agent, ("state" | "telemetry") as kind] if is_name(agent):
+            case [agent, ("state" | "telemetry" | "model") as kind] if is_name(agent):
                 return AgentTopic(agent, kind)
             case [agent, "up", ("offer" | "release") as kind] if is_name(agent):
                 return AgentTopic(agent, kind)

@@ -215,6 +215,8 @@ def test_which_model_a_device_runs_is_kept_beside_its_reports(store: ReleaseStor
     follower = store.followers()["pi1"]
     assert follower.model == model
     assert follower.sessions == ("2" * 16,)
+    store.record_model("pi1", msgspec.structs.replace(model, online=False))
+    assert store.followers()["pi1"].sessions == ("2" * 16,)
 
 
 def test_files_of_old_releases_are_deleted_but_not_those_in_use(tmp_path: Path, store: ReleaseStore) -> None:
