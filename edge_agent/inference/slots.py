@@ -80,6 +80,7 @@ class Slots:
         try:
             for name in (SLOTS, PARTS, QUARANTINE):
                 (folder / name).mkdir(parents=True, exist_ok=True)
+            sync_folder(folder.parent)
             self._lock = os.open(folder / LOCK_FILE, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
         except OSError as error:
             raise disk_error(error, folder) from error
