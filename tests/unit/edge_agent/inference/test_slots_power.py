@@ -1,8 +1,10 @@
 """edge_agent.inference.slots: the power goes between any two steps, and a good model starts again."""
 
+import os
 import random
 import shutil
-from collections.abc import Callable
+import tempfile
+from collections.abc import Callable, Iterator
 from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
@@ -189,25 +191,33 @@ def assert_good_start(folder: Path, story: Story, done: list[str]) -> None:
             slots.check(slots.previous)
 
 
+@pytest.fixture
+def memory_disk() -> Iterator[Path]:
+    """A folder in memory where there is one: some thousand folders are made and deleted."""
+    memory = Path("/dev/shm")  # noqa: S108 - what is made there has a name of its own
+    with tempfile.TemporaryDirectory(dir=memory if os.access(memory, os.W_OK) else None) as folder:
+        yield Path(folder)
+
+
 @pytest.mark.parametrize("name", STORIES)
-def test_a_power_cut_between_any_two_steps_leaves_a_good_model(tmp_path: Path, name: str) -> None:
+def test_a_power_cut_between_any_two_steps_leaves_a_good_model(memory_disk: Path, name: str) -> None:
     story = STORIES[name]
-    source = device(tmp_path / "device", story)
-    whole = tmp_path / "whole"
+    source = device(memory_disk / "device", story)
+    whole = memory_disk / "whole"
     shutil.copytree(source, whole, symlinks=True)
     disk, done = tell(whole, story)
     assert done[-1] == "end"
     assert disk.steps.total() >= story.steps, disk.steps
 
     for cut_at in range(disk.steps.total()):
-        folder = tmp_path / f"cut-{cut_at}"
+        folder = memory_disk / f"cut-{cut_at}"
         shutil.copytree(source, folder, symlinks=True)
         disk, done = tell(folder, story, cut_at)
         with closing(disk):
             assert disk.steps.total() == cut_at
             assert "end" not in done
             for number, choose in enumerate(weathers(cut_at)):
-                again = tmp_path / f"again-{cut_at}-{number}"
+                again = memory_disk / f"again-{cut_at}-{number}"
                 disk.after_cut(again, choose)
                 with Disk(again):  # which only spares the real fsync
                     assert_good_start(again, story, done)
