@@ -14,7 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from edge_agent.agent import Agent, Options
-from edge_agent.cli import default_state
+from edge_agent.places import default_state
 from edge_agent.telemetry import capabilities
 from edge_agent.training import Trained
 from federation.bundle import read_bundle

@@ -23,7 +23,7 @@ from numpy.typing import NDArray
 from benchmarks.light_agents import RandomTrainer
 from edge_agent import masking
 from edge_agent.agent import Agent, Options
-from edge_agent.cli import default_state
+from edge_agent.places import default_state
 from edge_agent.telemetry import capabilities
 from federation.bundle import Bundle, read_bundle
 from federation.logs import configure

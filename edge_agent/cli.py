@@ -7,6 +7,7 @@ from typing import Annotated, NoReturn
 import typer
 
 from edge_agent.inference.command import infer
+from edge_agent.places import default_state
 from federation import __version__
 from federation.cli import new_app, run
 from federation.errors import BudgetExhaustedError, ConfigError
@@ -225,11 +226,6 @@ def budget(
     typer.echo(msgspec.json.format(msgspec.json.encode(report), indent=2) if as_json else render(report))
     if report.exhausted:
         raise BudgetExhaustedError(exhausted_text(report))
-
-
-def default_state(bundle: Path) -> Path:
-    """Beside the bundle, so that what belongs to one identity lies together: ``pi1.bundle.json`` -> ``pi1.state``."""
-    return bundle.with_name(bundle.name.split(".")[0] + ".state")
 
 
 @app.callback(invoke_without_command=True)

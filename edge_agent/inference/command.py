@@ -9,11 +9,12 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from edge_agent.places import MODELS, default_state
 from federation.errors import ConfigError, FedgeError, VerificationError
 from federation.logs import LogFormat, configure
 
 if TYPE_CHECKING:
-    from edge_agent.config import InferenceConfig
+    from edge_agent.config import AgentConfig, InferenceConfig
     from edge_agent.inference.feed import Feed
     from edge_agent.inference.loop import InferenceLoop
     from edge_agent.inference.sinks import Sink, Summary
@@ -101,17 +102,23 @@ def infer(
     chosen = settings.inference
     _check(chosen, bundle)
 
+    from edge_agent.inference.loop import InferenceLoop
     from edge_agent.inference.sources import open_feed
 
     feed = open_feed(chosen.source, fps=chosen.fps, file_fps=fps or 0, stdin=sys.stdin.fileno())
-    if feed.live or bundle is not None:
+    follows = bundle is not None and (chosen.model == CURRENT or chosen.publish == MQTT)
+    if feed.live or follows:
+        _import_structlog()
         configure(level=log_level, form=log_format)
     with ExitStack() as stack:
-        loop = _assemble(stack, feed, chosen, as_json=as_json, limit=limit)
+        loop = InferenceLoop(feed, _outputs(stack, feed, chosen, as_json=as_json), limit=limit)
         _stop_at_signals(loop)
-        from federation.task.engine import Engine
+        if bundle is not None and follows:
+            _follow(stack, settings, bundle, loop)
+        if chosen.model != CURRENT:
+            from federation.task.engine import Engine
 
-        loop.install(Engine(Path(chosen.model), threads=chosen.threads, top=chosen.top))
+            loop.install(Engine(Path(chosen.model), threads=chosen.threads, top=chosen.top))
         summary = loop.run()
         if not summary.images and not loop.stopped:
             raise _nothing(chosen.source, summary, loop.last_failure)
@@ -140,11 +147,19 @@ def _check(settings: "InferenceConfig", bundle: Path | None) -> None:
         raise ConfigError("--publish mqtt needs this device's account on the broker: give its BUNDLE")
 
 
-def _assemble(
-    stack: ExitStack, feed: "Feed", settings: "InferenceConfig", *, as_json: bool, limit: int
-) -> "InferenceLoop":
-    """The loop with what prints and saves."""
-    from edge_agent.inference.loop import InferenceLoop
+def _import_structlog() -> None:
+    """Import structlog without rich, which it would take where it is installed: 5 MB for tracebacks that no log shows."""
+    if "rich" in sys.modules or "structlog" in sys.modules:
+        return
+    sys.modules["rich"] = None  # type: ignore[assignment]  # what makes an import fail
+    try:
+        import structlog  # noqa: F401 - to have it imported now
+    finally:
+        del sys.modules["rich"]
+
+
+def _outputs(stack: ExitStack, feed: "Feed", settings: "InferenceConfig", *, as_json: bool) -> "list[Sink]":
+    """What prints, logs and saves; closed when the stack is."""
     from edge_agent.inference.sinks import Changes, JsonSink, LogSink, TextSink
 
     err = None if feed.live else sys.stderr
@@ -159,7 +174,34 @@ def _assemble(
         sinks.append(SaveSink(Path(settings.save), forgiving=feed.live))
     for sink in sinks:
         stack.callback(sink.close)
-    return InferenceLoop(feed, sinks, limit=limit)
+    return sinks
+
+
+def _follow(stack: ExitStack, settings: "AgentConfig", bundle: Path, loop: "InferenceLoop") -> None:
+    """Begin to follow releases, if they are wanted, and to send predictions, if they are; ended when the stack is."""
+    from edge_agent.inference.follower import Follower
+    from edge_agent.inference.options import follower_options
+    from edge_agent.inference.sinks import Changes, MqttSink
+    from federation.bundle import read_bundle
+
+    chosen = settings.inference
+    slots = None
+    if chosen.model == CURRENT:
+        from edge_agent.inference.slots import Slots
+
+        folder = Path(settings.state_dir) if settings.state_dir else default_state(bundle)
+        slots = stack.enter_context(Slots(folder / MODELS))
+    follower = Follower(
+        read_bundle(bundle),
+        slots,
+        follower_options(chosen, settings.max_rate),
+        install=loop.install,
+        health=loop.health,
+    )
+    stack.callback(follower.stop)
+    follower.start()
+    if chosen.publish == MQTT:
+        loop.add_sink(MqttSink(follower.publish_prediction, Changes(chosen.publish_interval_s)))
 
 
 def _stop_at_signals(loop: "InferenceLoop") -> None:

@@ -70,7 +70,7 @@ class InferenceLoop:
         on_turn: Callable[[], None] = lambda: None,
     ) -> None:
         self._feed = feed
-        self._sinks = tuple(sinks)
+        self._sinks = list(sinks)
         self._limit = limit
         self._on_turn = on_turn
         # Re-entrant, because a signal handler may call stop() in the thread that holds it.
@@ -89,6 +89,10 @@ class InferenceLoop:
     def stopped(self) -> bool:
         """Whether :meth:`stop` was called."""
         return self._stopping
+
+    def add_sink(self, sink: Sink) -> None:
+        """Hand everything to one more. Before :meth:`run` only."""
+        self._sinks.append(sink)
 
     def install(self, engine: "Engine | None", release: "Release | None" = None) -> None:
         """Label all frames from the next one on with another model. Returns at once.

@@ -129,7 +129,12 @@ def test_paths_may_come_in_pieces(tmp_path: Path) -> None:
 
 def test_a_line_that_never_ends_takes_no_memory() -> None:
     with stdin() as (feed, writer):
-        writing = threading.Thread(target=lambda: (os.write(writer, b"x" * 300_000), os.close(writer)))
+
+        def write() -> None:
+            os.write(writer, b"x" * 300_000)
+            os.close(writer)
+
+        writing = threading.Thread(target=write)
         writing.start()
         problems = []
         while not feed.ended:
