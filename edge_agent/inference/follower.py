@@ -32,16 +32,16 @@ from edge_agent.inference.rollout_events import (
     HealthSeen,
     ManifestArrived,
     ManifestRefused,
+    Passed,
     Pin,
     Pinned,
     Quarantine,
     Remember,
     Report,
     RollBack,
+    SelfTest,
     ShowState,
     StopWork,
-    Test,
-    Tested,
     Tick,
 )
 from edge_agent.inference.rollout_memory import FILE, RolloutMemory
@@ -272,7 +272,7 @@ class Follower:
         match item:
             case Message():
                 self._message(item, now)
-            case Tested() | Failed():
+            case Passed() | Failed():
                 self._events.append(item)
             case Connected():
                 self._announce()
@@ -361,7 +361,7 @@ class Follower:
                 log.info("release_abandoned", model=sha256[:12], reason="the manifests say otherwise now")
                 following.fetch.stop()
                 installer.stop_test()
-            case Test(offer):
+            case SelfTest(offer):
                 installer.test(offer)
             case Activate(offer, trial):
                 installer.activate(offer, trial=trial)

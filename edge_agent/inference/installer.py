@@ -19,9 +19,9 @@ from edge_agent.inference.rollout_events import (
     Failed,
     NotLoaded,
     Offer,
+    Passed,
     RolledBack,
     Started,
-    Tested,
 )
 from edge_agent.inference.self_test import TestStoppedError, self_test
 from edge_agent.inference.slots import Slots
@@ -84,7 +84,7 @@ class Installer:
             self._load_current(slots.current)
 
     def test(self, offer: Offer) -> None:
-        """Begin the self-test; posts :class:`Tested` or :class:`Failed` once."""
+        """Begin the self-test; posts :class:`Passed` or :class:`Failed` once."""
         slot = self._slots.find(offer.sha256)
         if slot is None:
             self._tell(Failed(offer.sha256, ReleaseFault.WRONG_HASH, "its slot cannot be read"))
@@ -196,7 +196,7 @@ class Installer:
                 p99_ms=round(report.p99_ms, 2),
                 rss_mb=round(report.rss_mb),
             )
-            self._post(Tested(slot.sha256))
+            self._post(Passed(slot.sha256))
 
     def _load(self, slot: "Slot") -> "Engine":
         """An engine that is warmed up.

@@ -34,17 +34,17 @@ from edge_agent.inference.rollout_events import (
     ManifestRefused,
     NotLoaded,
     Offer,
+    Passed,
     Pin,
     Pinned,
     Quarantine,
     Report,
     RollBack,
     RolledBack,
+    SelfTest,
     ShowState,
     Started,
     StopWork,
-    Test,
-    Tested,
     Tick,
 )
 from federation.errors import ReleaseFault
@@ -149,6 +149,7 @@ class Rollout:
         self._trial: _Trial | None = None
         self._rolling = self._withdrawn = False
         self._text = ""
+        self._clock = 0.0
         self.current: Offer | None = None
         self.previous: Offer | None = None
 
@@ -190,7 +191,7 @@ class Rollout:
         Returns:
             What to do, in order.
         """
-        wall = self._channels.time(now, wall)
+        self._clock, wall = wall, self._channels.time(now, wall)
         match event:
             case Started():
                 return self._started(event, now, wall)
@@ -201,8 +202,8 @@ class Rollout:
             case ManifestRefused(channel, fault, detail):
                 return self._show(f"{channel.value} manifest refused, {fault.value}: {detail}", wall)
             case Pinned(keys):
-                return self._pinned(keys, now, wall)
-            case Fetched() | Tested() | Activated() | Failed():
+                return self._pinned(keys, now)
+            case Fetched() | Passed() | Activated() | Failed():
                 return self._work_went(event, now, wall)
             case RolledBack(current) if self._rolling:
                 return self._rolled_back(current, wall)
@@ -214,7 +215,7 @@ class Rollout:
                 return []
 
     def _work_went(
-        self, event: Fetched | Tested | Activated | Failed, now: float, wall: float
+        self, event: Fetched | Passed | Activated | Failed, now: float, wall: float
     ) -> list[Command]:
         work = self._work
         if work is None or work.offer.sha256 != event.sha256:
@@ -222,8 +223,8 @@ class Rollout:
         match event:
             case Fetched() if work.stage is Stage.FETCHING:
                 work.stage = Stage.TESTING
-                return [*self._report(work.offer, RolloutState.TESTING, wall), Test(work.offer)]
-            case Tested() if work.stage is Stage.TESTING:
+                return [*self._report(work.offer, RolloutState.TESTING, wall), SelfTest(work.offer)]
+            case Passed() if work.stage is Stage.TESTING:
                 work.stage = Stage.READY
                 return self._activate_when_free()
             case Activated() if work.stage is Stage.ACTIVATING:
@@ -250,22 +251,23 @@ class Rollout:
             self._unpinned[channel] = signed
             return self._pin(now)
         self._unpinned.pop(channel, None)
-        return self._accept(signed, now, wall)
+        return self._accept(signed, now)
 
     def _pin(self, now: float) -> list[Command]:
         signed = next(iter(self._unpinned.values()))
         self._pin_at = now + self._settings.retry_s  # if the disk does not take them
         return [Pin((self.keys[signed.signer], signed.manifest.next_key.hex()))]
 
-    def _pinned(self, keys: tuple[str, ...], now: float, wall: float) -> list[Command]:
+    def _pinned(self, keys: tuple[str, ...], now: float) -> list[Command]:
         self._channels.keys = keys
         waiting, self._unpinned = self._unpinned, {}
         news = (signed for signed in waiting.values() if self._channels.is_news(signed))
-        return [command for signed in news for command in self._accept(signed, now, wall)]
+        return [command for signed in news for command in self._accept(signed, now)]
 
-    def _accept(self, signed: SignedManifest, now: float, wall: float) -> list[Command]:
+    def _accept(self, signed: SignedManifest, now: float) -> list[Command]:
         manifest = signed.manifest
         self._channels.accept(signed, now)
+        wall = self._channels.time(now, self._clock)
         commands: list[Command] = [*self._channels.remember()]
         release, quarantine = manifest.release, self._channels.quarantine
         if release is None or (self.current is not None and release == self.current.release):

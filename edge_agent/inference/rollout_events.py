@@ -109,7 +109,7 @@ class Failed:
 
 
 @dataclass(frozen=True, slots=True)
-class Tested:
+class Passed:
     """The release passed its self-test."""
 
     sha256: str
@@ -153,7 +153,7 @@ Event = (
     | Pinned
     | Fetched
     | Failed
-    | Tested
+    | Passed
     | Activated
     | RolledBack
     | HealthSeen
@@ -214,7 +214,7 @@ class StopWork:
 
 
 @dataclass(frozen=True, slots=True)
-class Test:
+class SelfTest:
     """Run the self-test of the slot."""
 
     offer: Offer
@@ -290,7 +290,7 @@ Command = (
     | Remember
     | Fetch
     | StopWork
-    | Test
+    | SelfTest
     | Activate
     | Adopt
     | RollBack
