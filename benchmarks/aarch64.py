@@ -14,14 +14,15 @@ import msgspec
 from benchmarks.emulation import PROCESSORS, emulated
 from benchmarks.runner import BenchmarkError, Options, Results, main, say
 from benchmarks.trained import trained
-from benchmarks.variants import export
+from benchmarks.variants import forced
 from federation.task.data import write_samples
+from federation.wire.release import ModelFormat
 
 QUESTION = "does an emulated aarch64 device say what this machine says?"
 PARTS = ("cnn", "mobilenet_v3_small")
 
 PICTURES = 200
-FORMATS = ("fp32", "int8")
+FORMATS = (ModelFormat.FP32, ModelFormat.INT8)
 CLASSES = 10
 
 RUN_S = 3000.0
@@ -47,7 +48,7 @@ def measure(options: Options, results: Results) -> None:
         pictures = options.folder / f"{name}-pictures"
         write_samples(model.data, pictures, count=PICTURES)
         for form in FORMATS:
-            file = export(model, form, options.folder)
+            file = forced(model, form, options.folder).model
             arguments = _infer(file, pictures)
             here = _answers(_here(arguments))
             for device in devices:

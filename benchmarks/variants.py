@@ -1,13 +1,28 @@
-"""The files that a trained model becomes: exported as a release is, in one format or another."""
+"""The releases that a trained model becomes: exported as the aggregator does it, in one format or another."""
 
 from pathlib import Path
 
 from benchmarks.trained import Trained
-from export.convert import export_onnx
+from export.convert import export_model
+from export.report import ExportReport
+from federation.wire.release import ModelFormat
+
+ANY_DROP = 100.0
+"""Percentage points: the gate on accuracy always passes."""
 
 
-def export(model: Trained, wanted: str, folder: Path) -> Path:
-    """Export a model; returns the ONNX file."""
-    path = folder / f"{model.name}-{wanted}.onnx"
-    export_onnx(model.checkpoint, path)
-    return path
+def release(model: Trained, wanted: ModelFormat, folder: Path) -> ExportReport:
+    """Export with the gates of a release: what fails them is written as fp32, and the report says why."""
+    return export_model(model.checkpoint, folder / f"{model.name}-{wanted}", format=wanted, data=model.data)
+
+
+def forced(model: Trained, wanted: ModelFormat, folder: Path) -> ExportReport:
+    """Export in this format, however slow and inaccurate it is here."""
+    return export_model(
+        model.checkpoint,
+        folder / f"{model.name}-{wanted}",
+        format=wanted,
+        data=model.data,
+        max_drop=ANY_DROP,
+        latency_gate=False,
+    )
