@@ -111,10 +111,10 @@ def run_demo(*, data: str, folder: Path, agents: int, rounds: int, settings: Seq
         report = _watch(console, processes, state, rounds)
         processes.stop()
         processes.check()
-    model = folder / "model.onnx"
+    model = folder / "model" / "model.onnx"
     images = _unseen_images(data, folder / "unseen")
     console.print("\n[bold]Export[/] to ONNX, with a parity check against torch:")
-    _show(console, "export.cli", "onnx", str(state), "-o", str(model))
+    _show(console, "export.cli", "onnx", str(state), "-o", str(model.parent))
     console.print("\n[bold]Inference[/] on unseen images, as a device does it (onnxruntime, no torch):")
     _show(console, "edge_agent.cli", "infer", "--model", str(model), "--source", str(images))
     _conclude(console, report, folder, model, time.monotonic() - began)

@@ -118,9 +118,9 @@ def inference_memory(children: Children, options: Options, data: str, suffix: st
     say(f"inference's memory: `edge-agent infer` with cnn on {PICTURES} pictures, {repeats} times")
     fleet = Fleet(children, options.folder / "infer-memory", Run("cnn", data, 1, 1))
     _begin(children, fleet)
-    model, pictures = fleet.folder / "cnn.onnx", fleet.folder / "pictures"
+    model, pictures = fleet.folder / "cnn" / "model.onnx", fleet.folder / "pictures"
     export = children.start(
-        "infer-memory-export", *module("export.cli", "onnx", str(fleet.state), "-o", str(model))
+        "infer-memory-export", *module("export.cli", "onnx", str(fleet.state), "-o", str(model.parent))
     )
     children.wait(export, START_S)
     samples = children.start(

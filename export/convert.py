@@ -1,139 +1,144 @@
-"""From a checkpoint to an ONNX file that a device can run, checked against torch before it exists."""
+"""From a checkpoint to a release folder: a model that a device can run, and the pictures that prove it there.
 
-import contextlib
+Nothing is written before onnxruntime agreed with torch, and no smaller format before it passed the gates.
+"""
+
+import dataclasses
 import hashlib
 import importlib.util
-import io
-import logging
 import re
 import subprocess
-import sys
-import warnings
-from collections.abc import Iterator
+import tempfile
+from collections.abc import Mapping
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from msgspec import Struct
+import msgspec
+import numpy as np
+from PIL import Image
 
 import federation
-from export.parity import DEFAULT_TOLERANCE, Parity, check_parity
+from export.gates import DEFAULT_MAX_DROP
+from export.golden_set import make_golden, synthetic_frames
+from export.parity import DEFAULT_TOLERANCE, FUSED_TOLERANCE, Parity, check_parity, frame_of
+from export.pictures import DEFAULT_MEASURED, Pictures, read_pictures
+from export.report import ExportReport
+from export.tracing import DEFAULT_OPSET, trace
+from export.variants import Chosen, Request, choose
 from federation.errors import ConfigError
-from federation.files import write_whole
+from federation.files import disk_error, write_whole
+from federation.release import GOLDEN_FILE, MANIFEST_FILE, MODEL_FILE
 from federation.task.checkpoint import CheckpointInfo, read_checkpoint, read_metrics
-from federation.task.model_card import ModelCard, Provenance
-from federation.task.models import build, load_arrays
-from federation.task.preprocessing import Preprocessing
+from federation.task.engine import Engine
+from federation.task.golden import Golden, write_golden
+from federation.task.model_card import HoldOutMetrics, ModelCard, Preprocess, Provenance
+from federation.task.models import build, load_arrays, state_arrays
+from federation.task.preprocessing import PICTURE_MODES, Preprocessing
+from federation.wire.messages import TaskSpec
+from federation.wire.release import ModelFormat, ReleaseMetrics
 
 if TYPE_CHECKING:
-    import onnx
     from torch import nn
 
-    from federation.wire.messages import TaskSpec
-
-DEFAULT_OPSET = 20
-"""The dynamo exporter's own default; onnxruntime 1.17 and later run it."""
-
-OLDEST_OPSET = 18
-"""The dynamo exporter writes 18 and converts from there; it promises nothing below."""
-
-INPUT_NAME = "image"
-OUTPUT_NAME = "logits"
+DEFAULT_TOPK = 5
 
 _MAX_PROTOBUF_BYTES = 2**31 - 1
 _GRAPH_ALLOWANCE_BYTES = 16 * 2**20
 """For everything in the file that is not weights."""
 
-_TRACED_BATCH = 2
-"""torch.export treats a dimension of 1 as a constant, which would fix the batch."""
-
+_SYNTHETIC_PICTURES = 64
 _GIT_TIMEOUT_S = 10
 
 
-class ExportReport(Struct, frozen=True, kw_only=True):
-    """What was exported.
-
-    Attributes:
-        path: The ONNX file.
-        size_bytes: Of the file.
-        sha256: Hex SHA-256 of the file.
-        opset: Of the default ONNX domain.
-        info: What the checkpoint was.
-        card: What was written into the file's metadata.
-        parity: How far onnxruntime is from torch.
-    """
-
-    path: Path
-    size_bytes: int
-    sha256: str
-    opset: int
-    info: CheckpointInfo
-    card: ModelCard
-    parity: Parity
-
-
-def export_onnx(
+def export_model(
     checkpoint: Path,
-    output: Path,
+    folder: Path,
     *,
+    format: ModelFormat = ModelFormat.FP32,  # noqa: A002 - the name that the flag and the wire have
+    preprocess: Preprocess = "fused",
+    data: str | None = None,
+    imgsz: int | None = None,
+    topk: int = DEFAULT_TOPK,
+    max_drop: float = DEFAULT_MAX_DROP,
+    latency_gate: bool = True,
+    measured: int = DEFAULT_MEASURED,
     opset: int = DEFAULT_OPSET,
     tolerance: float = DEFAULT_TOLERANCE,
-    images: Path | None = None,
 ) -> ExportReport:
-    """Export a checkpoint to one self-contained ONNX file with a dynamic batch.
+    """Export a checkpoint to a release folder: ``model.onnx`` and ``golden.safetensors``.
 
-    The graph takes float32 ``image`` ``[N, channels, height, width]``, normalised, and gives float32 ``logits``
-    ``[N, labels]``. The file appears whole or not at all, and only after onnxruntime agreed with torch.
+    The float32 model must agree with torch. A smaller format is then made of it and held against it
+    (:mod:`export.gates`); if it fails, the float32 model is written, and the report says why.
 
     Args:
         checkpoint: As ``federation.task.checkpoint`` writes it.
-        output: Replaced if it exists; its folder must exist.
+        folder: Created if its parent exists; an earlier export in it is replaced, a signed release is not.
+        format: ``int8`` needs ``data``.
+        preprocess: ``fused``: the graph takes raw frames (:mod:`export.fused`). ``none``: it takes normalised pictures and
+            gives logits.
+        data: Pictures to calibrate with and to measure on (:func:`export.pictures.read_pictures`). Calibration uses the
+            training split and the gates the test split, where there are two.
+        imgsz: Side of the model's input in pixels, instead of the one that it was trained with; only for models that take
+            pictures of any size.
+        topk: How many classes a fused graph answers with; fewer if the model has fewer.
+        max_drop: Most percentage points of accuracy that a smaller format may lose.
+        latency_gate: Whether a smaller format must not be slower than float32 on this machine.
+        measured: At most so many pictures of ``data`` are used by the gates.
         opset: ONNX operator set, 18 or later.
-        tolerance: Largest difference of a logit, relative to the largest logit.
-        images: Real pictures for the parity check, besides random ones: a file or a folder.
+        tolerance: Largest difference of a logit to torch, relative to the largest logit.
 
     Raises:
-        ConfigError: If the checkpoint cannot be read, the model cannot be exported or is too large, the output
-            cannot be written, or torch or onnx is not installed.
+        ConfigError: If the checkpoint or the data cannot be read or used, the model cannot be exported or is too large, the
+            folder cannot be written, or torch or onnx is not installed.
         VerificationError: If weights are not finite, or onnxruntime and torch disagree.
     """
     _require("torch", "onnx", "onnxscript")
-    if not output.parent.is_dir():
-        raise ConfigError(f"the folder {output.parent} for the exported model does not exist: create it")
-    info, arrays = read_checkpoint(checkpoint)
-    weights_bytes = sum(array.nbytes for array in arrays.values())
-    if weights_bytes > _MAX_PROTOBUF_BYTES - _GRAPH_ALLOWANCE_BYTES:
+    _check_folder(folder)
+    if format is ModelFormat.INT8 and data is None:
         raise ConfigError(
-            f"the weights are {weights_bytes / 2**30:.2f} GiB, one ONNX file holds at most 2 GiB: "
-            "choose a smaller model"
+            "int8 is calibrated with pictures of what the cameras will see: name some with --data, or choose --format fp32"
         )
-    model = build(info.task, seed=0)
-    load_arrays(model, arrays)
-    model.eval()
-
+    info, arrays = read_checkpoint(checkpoint)
+    model, task = _model(info, arrays, imgsz)
+    pictures = _pictures(data, task, measured)
     card = ModelCard(
-        labels=info.task.labels,
-        preprocessing=Preprocessing.of(info.task),
+        labels=task.labels,
+        preprocessing=Preprocessing.of(task),
         provenance=_provenance(checkpoint, info),
+        preprocess=preprocess,
+        topk=min(topk, len(task.labels)) if preprocess == "fused" else None,
     )
-    content = _to_onnx(model, info.task, card, opset).SerializeToString()
-    parity = check_parity(content, model, card.preprocessing, tolerance=tolerance, images=images)
-    write_whole(output, content)
-    return ExportReport(
-        path=output,
-        size_bytes=len(content),
-        sha256=hashlib.sha256(content).hexdigest(),
-        opset=opset,
-        info=info,
+    core = trace(model, task, opset=opset)
+    parity = check_parity(
+        core.SerializeToString(),
+        model,
+        card.preprocessing,
+        tolerance=tolerance,
+        pixels=None if data is None else pictures.pixels,
+    )
+    request = Request(
+        format=format,
+        task=task,
         card=card,
-        parity=parity,
+        data=data,
+        pictures=pictures,
+        max_drop=max_drop,
+        latency_gate=latency_gate,
+        tolerance=max(tolerance, FUSED_TOLERANCE),
     )
+    with tempfile.TemporaryDirectory(prefix="fedge-export-") as name:
+        chosen = choose(core, request, Path(name))
+        golden = make_golden(Engine(chosen.path), pictures.frames, chosen.card.provenance.weights)
+        content = chosen.path.read_bytes()
+    _write(folder, content, golden)
+    return _report(folder, chosen, parity, info, wanted=format, frames=len(golden.frames))
 
 
-def default_output(info: CheckpointInfo) -> Path:
-    """``MODEL-round-N.onnx`` in the current folder; of a plug-in's name only the factory's."""
+def default_folder(info: CheckpointInfo) -> Path:
+    """``MODEL-round-N`` in the current folder; of a plug-in's name only the factory's."""
     name = re.sub(r"[^A-Za-z0-9_.-]", "-", info.task.model.rpartition(":")[2])
-    return Path(f"{name}-round-{info.round}.onnx")
+    return Path(f"{name}-round-{info.round}")
 
 
 def _require(*packages: str) -> None:
@@ -142,66 +147,116 @@ def _require(*packages: str) -> None:
         raise ConfigError(f"export needs {', '.join(missing)}: pip install 'fedge[aggregator]'")
 
 
-def _to_onnx(model: "nn.Module", task: "TaskSpec", card: ModelCard, opset: int) -> "onnx.ModelProto":
-    import onnx
-    import torch
-
-    example = torch.zeros(_TRACED_BATCH, task.channels, task.height, task.width)
-    try:
-        with _quiet():
-            program = torch.onnx.export(
-                model,
-                (example,),
-                dynamo=True,
-                dynamic_shapes=({0: "N"},),
-                opset_version=opset,
-                input_names=[INPUT_NAME],
-                output_names=[OUTPUT_NAME],
-                verbose=False,
-            )
-            assert program is not None  # the dynamo exporter always returns one
-            proto: onnx.ModelProto = program.model_proto
-        _strip(proto.graph)
-        for key, value in card.properties().items():
-            proto.metadata_props.add(key=key, value=value)
-        onnx.checker.check_model(proto)
-    except (torch.onnx.errors.OnnxExporterError, RuntimeError, onnx.checker.ValidationError) as error:
-        reason = str(error).strip().partition("\n")[0][:300]
+def _check_folder(folder: Path) -> None:
+    """Refuse before the work what would fail, or do harm, after it."""
+    if folder.suffix == ".onnx" or folder.is_file():
         raise ConfigError(
-            f"model {task.model!r} cannot be exported to ONNX opset {opset}: {reason}. Try another --opset; "
-            "a plug-in model must avoid control flow that depends on the data"
-        ) from error
-    return proto
+            f"{folder} would be a file, an export is a folder with the model and its golden set: name a folder"
+        )
+    if not folder.parent.is_dir():
+        raise ConfigError(f"the folder {folder.parent} for the exported model does not exist: create it")
+    if (folder / MANIFEST_FILE).exists():
+        raise ConfigError(f"{folder} holds a signed release, which must not change: name another folder")
 
 
-def _strip(graph: "onnx.GraphProto") -> None:
-    """Drop what only the exporter's own machine needs.
+def _model(
+    info: CheckpointInfo, arrays: Mapping[str, np.ndarray], imgsz: int | None
+) -> tuple["nn.Module", TaskSpec]:
+    """The torch model in evaluation mode, and its task with the size of the pictures that it shall take."""
+    task = info.task
+    weights_bytes = sum(array.nbytes for array in arrays.values())
+    if weights_bytes > _MAX_PROTOBUF_BYTES - _GRAPH_ALLOWANCE_BYTES:
+        raise ConfigError(
+            f"the weights are {weights_bytes / 2**30:.2f} GiB, one ONNX file holds at most 2 GiB: "
+            "choose a smaller model"
+        )
+    if task.channels not in PICTURE_MODES:
+        raise ConfigError(
+            f"the model takes {task.channels} channels, pictures have 1 or 3: it can be trained, but no device runs it"
+        )
+    if imgsz is not None and (task.height, task.width) != (imgsz, imgsz):
+        task = msgspec.structs.replace(task, height=imgsz, width=imgsz)
+    model = build(task, seed=0)
+    if task is not info.task:
+        _check_size(model, arrays, info.task, task)
+    load_arrays(model, arrays)
+    return model.eval(), task
 
-    The exporter notes stack traces with file paths at every node, and lists initializers among the intermediate
-    values, which onnxruntime's quantizer cannot bear.
-    """
-    del graph.value_info[:]
-    for part in (graph, *graph.node, *graph.input, *graph.output, *graph.initializer):
-        del part.metadata_props[:]
-        part.ClearField("doc_string")
+
+def _check_size(
+    model: "nn.Module", arrays: Mapping[str, np.ndarray], trained: TaskSpec, wanted: TaskSpec
+) -> None:
+    shapes = {name: array.shape for name, array in state_arrays(model).items()}
+    for name, array in arrays.items():
+        if shapes.get(name) != array.shape:
+            raise ConfigError(
+                f"--imgsz {wanted.height}: {trained.model!r} was trained with pictures of {trained.height}x{trained.width}, "
+                f"and the shape of its {name!r} depends on that. Only fully convolutional models, such as torchvision's "
+                "resnet and mobilenet, take other sizes"
+            )
 
 
-@contextlib.contextmanager
-def _quiet() -> Iterator[None]:
-    """Hold back what the exporter prints, and show it only when it fails."""
-    said = io.StringIO()
-    logger = logging.getLogger("torch.onnx")
-    level = logger.level
-    logger.setLevel(logging.ERROR)
+def _pictures(data: str | None, task: TaskSpec, measured: int) -> Pictures:
+    """Real pictures, or synthetic ones where there are none."""
+    if data is not None:
+        pictures = read_pictures(data, task, train=False, limit=measured)
+        if pictures.frames:
+            return pictures
+        frames = tuple(frame_of(pixels) for pixels in pictures.pixels[:_SYNTHETIC_PICTURES])
+        return dataclasses.replace(pictures, frames=frames)
+    recipe = Preprocessing.of(task)
+    frames = synthetic_frames(task.channels, task.height, task.width, count=_SYNTHETIC_PICTURES)
+    return Pictures(
+        where="synthetic pictures",
+        pixels=np.stack([recipe.pixels(Image.fromarray(frame)) for frame in frames]),
+        labels=None,
+        frames=frames,
+        correlations=np.full(len(frames), np.nan),
+    )
+
+
+def _write(folder: Path, content: bytes, golden: Golden) -> None:
     try:
-        with contextlib.redirect_stdout(said), contextlib.redirect_stderr(said), warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            yield
-    except BaseException:
-        sys.stderr.write(said.getvalue())
-        raise
-    finally:
-        logger.setLevel(level)
+        folder.mkdir(exist_ok=True)
+        # A power cut between the two must not leave a model with another one's answers.
+        (folder / GOLDEN_FILE).unlink(missing_ok=True)
+    except OSError as error:
+        raise disk_error(error, folder) from error
+    write_whole(folder / MODEL_FILE, content)
+    write_golden(folder / GOLDEN_FILE, golden)
+
+
+def _report(
+    folder: Path, chosen: Chosen, parity: Parity, info: CheckpointInfo, *, wanted: ModelFormat, frames: int
+) -> ExportReport:
+    model, golden = folder / MODEL_FILE, folder / GOLDEN_FILE
+    requirements = chosen.card.requirements
+    assert requirements is not None  # stated for every variant
+    return ExportReport(
+        folder=folder,
+        model=model,
+        golden=golden,
+        size_bytes=model.stat().st_size,
+        sha256=hashlib.sha256(model.read_bytes()).hexdigest(),
+        golden_sha256=hashlib.sha256(golden.read_bytes()).hexdigest(),
+        golden_frames=frames,
+        wanted=wanted,
+        written=chosen.card.provenance.weights,
+        reasons=chosen.reasons,
+        gates=chosen.gates,
+        metrics=_with_loss(chosen.metrics, chosen.card.provenance.metrics),
+        requirements=requirements,
+        preprocess=chosen.card.preprocess,
+        info=info,
+        card=chosen.card,
+        parity=parity,
+    )
+
+
+def _with_loss(metrics: ReleaseMetrics | None, holdout: HoldOutMetrics | None) -> ReleaseMetrics | None:
+    if metrics is None or holdout is None:
+        return metrics
+    return msgspec.structs.replace(metrics, loss=holdout.loss)
 
 
 def _provenance(checkpoint: Path, info: CheckpointInfo) -> Provenance:

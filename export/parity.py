@@ -1,21 +1,25 @@
 """Does onnxruntime say what torch says? The check that an export must pass before its file exists."""
 
 from collections.abc import Iterator
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
 from msgspec import Struct
-from PIL import Image
 
-from federation.errors import ConfigError, VerificationError
-from federation.task.preprocessing import UNREADABLE, Preprocessing, find_images
+from federation.errors import VerificationError
+from federation.task.engine import Engine, session_options, softmax
+from federation.task.preprocessing import Preprocessing
 
 if TYPE_CHECKING:
     from torch import nn
 
 DEFAULT_TOLERANCE = 1e-4
 """Measured over torchvision's models: 1e-8 to 5e-6. A wrong weight or operator shows as 1e-2 and more."""
+
+FUSED_TOLERANCE = 1e-3
+"""Of a probability: the same float32 operations in another place of the graph, where they may be merged otherwise."""
+
+_FUSED_IMAGES = 32
 
 _BATCH_SIZES = (1, 2, 5, 16)
 """One, the size that the exporter traced, an odd one, and more than any vector register holds."""
@@ -49,7 +53,7 @@ def check_parity(
     recipe: Preprocessing,
     *,
     tolerance: float = DEFAULT_TOLERANCE,
-    images: Path | None = None,
+    pixels: np.ndarray | None = None,
 ) -> Parity:
     """Run both models on the same inputs: random pictures in several batch sizes, and real ones where given.
 
@@ -58,11 +62,10 @@ def check_parity(
         model: The torch model that it was exported from, on the CPU. Left in evaluation mode.
         recipe: How pictures become inputs.
         tolerance: Largest relative error allowed.
-        images: A picture or a folder, searched recursively; the first 256 pictures are used.
+        pixels: Real pictures, uint8 ``[n, channels, height, width]``; the first 256 are used.
 
     Raises:
         VerificationError: If the logits are further apart, or not finite, or a most likely class changes.
-        ConfigError: If ``images`` holds no readable picture.
     """
     import onnxruntime as ort
     import torch
@@ -77,7 +80,7 @@ def check_parity(
     compared = {"random": 0, "image": 0}
     ours: list[np.ndarray] = []
     theirs: list[np.ndarray] = []
-    for kind, batch in _inputs(recipe, images):
+    for kind, batch in _inputs(recipe, pixels):
         with torch.inference_mode():
             expected = model(torch.from_numpy(batch)).numpy()
         (actual,) = session.run(None, {input_name: batch})
@@ -114,6 +117,42 @@ def check_parity(
     return parity
 
 
+def check_fused(
+    engine: Engine, core: bytes, pixels: np.ndarray, *, tolerance: float = FUSED_TOLERANCE
+) -> None:
+    """Compare a fused graph with the model inside it, on pictures that need no resizing.
+
+    Args:
+        engine: The fused graph.
+        core: The model inside it, as a file's content.
+        pixels: uint8 ``[n, channels, height, width]``; the first 32 are used.
+        tolerance: Largest difference of the most likely class's probability.
+
+    Raises:
+        VerificationError: If they disagree, or the model answers with NaN or infinity.
+    """
+    import onnxruntime as ort
+
+    session = ort.InferenceSession(core, session_options(1), providers=["CPUExecutionProvider"])
+    input_name = session.get_inputs()[0].name
+    for picture in pixels[:_FUSED_IMAGES]:
+        (logits,) = session.run(None, {input_name: engine.card.preprocessing.normalise(picture[None])})
+        expected = softmax(logits)[0]
+        prediction = engine.predict(frame_of(picture))
+        difference = abs(prediction.confidence - float(expected.max()))
+        behind = float(expected.max() - expected[prediction.index])
+        if not (difference <= tolerance and behind <= tolerance):
+            raise VerificationError(
+                f"with preprocessing in its graph the model says {prediction.label!r} with {prediction.confidence:.5f}, "
+                f"without {float(expected.max()):.5f}. No file was written; try --preprocess none, and tell us about the model"
+            )
+
+
+def frame_of(pixels: np.ndarray) -> np.ndarray:
+    """From ``[channels, height, width]`` to a frame ``[H, W, 3]`` or ``[H, W]``."""
+    return pixels[0] if len(pixels) == 1 else np.ascontiguousarray(pixels.transpose(1, 2, 0))
+
+
 def top1_changes(expected: np.ndarray, actual: np.ndarray, *, tie: float) -> int:
     """Count the rows whose most likely class differs, leaving ties aside.
 
@@ -127,35 +166,11 @@ def top1_changes(expected: np.ndarray, actual: np.ndarray, *, tie: float) -> int
     return int((expected.max(axis=1) - chosen > tie).sum())
 
 
-def _inputs(recipe: Preprocessing, images: Path | None) -> Iterator[tuple[str, np.ndarray]]:
+def _inputs(recipe: Preprocessing, pixels: np.ndarray | None) -> Iterator[tuple[str, np.ndarray]]:
     generator = np.random.default_rng(_SEED)
     for size in _BATCH_SIZES:
         shape = (size, recipe.channels, recipe.height, recipe.width)
         yield "random", recipe.normalise(generator.integers(0, 256, shape, dtype=np.uint8))
-    if images is not None:
-        for batch in _image_batches(recipe, images):
-            yield "image", batch
-
-
-def _image_batches(recipe: Preprocessing, images: Path) -> Iterator[np.ndarray]:
-    batch: list[np.ndarray] = []
-    read = 0
-    for path in find_images(images):
-        try:
-            with Image.open(path) as image:
-                pixels = recipe.pixels(image)
-        except UNREADABLE:
-            continue  # a data set's odd broken file says nothing about the export
-        read += 1
-        batch.append(pixels)
-        if len(batch) == _IMAGE_BATCH or read == _MAX_IMAGES:
-            yield recipe.normalise(np.stack(batch))
-            batch = []
-        if read == _MAX_IMAGES:
-            return
-    if not read:
-        raise ConfigError(
-            f"--images {images} holds no readable picture: name a picture or a folder of pictures"
-        )
-    if batch:
-        yield recipe.normalise(np.stack(batch))
+    if pixels is not None:
+        for start in range(0, min(len(pixels), _MAX_IMAGES), _IMAGE_BATCH):
+            yield "image", recipe.normalise(pixels[start : min(start + _IMAGE_BATCH, _MAX_IMAGES)])

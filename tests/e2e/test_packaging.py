@@ -14,7 +14,7 @@ from PIL import Image
 from processes import FEDERATION
 
 from aggregator.enrolment import Enrolment
-from export.convert import export_onnx
+from export.convert import export_model
 from federation.bundle import write_bundle
 from federation.task.checkpoint import CheckpointInfo, checkpoint_bytes
 from federation.task.data import task_from_data
@@ -69,8 +69,7 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     checkpoint = folder / "round-000000.safetensors"
     info = CheckpointInfo(federation=FEDERATION, round=0, task=task)
     checkpoint.write_bytes(checkpoint_bytes(info, state_arrays(build(task, seed=1))))
-    export_onnx(checkpoint, folder / "model.onnx")
-    return folder / "model.onnx"
+    return export_model(checkpoint, folder / "release").model
 
 
 def test_the_wheel_holds_the_packages_and_nothing_else(wheel: Path) -> None:
@@ -107,7 +106,7 @@ def test_the_aggregator_names_its_extra(scripts: Path, tmp_path: Path, command: 
 
 
 def test_the_export_names_its_extra(scripts: Path, model: Path) -> None:
-    done = run(scripts / "model-export", "onnx", model.with_name("round-000000.safetensors"))
+    done = run(scripts / "model-export", "onnx", model.parent.with_name("round-000000.safetensors"))
     assert_names_extra(done, "fedge[aggregator]")
 
 

@@ -88,8 +88,8 @@ def test_what_each_round_has_moved_is_known_for_each_agent_and_the_server(undist
 def test_the_model_comes_out_as_onnx_and_reads_digits_that_no_agent_has_seen(
     undisturbed: FinishedRun, tmp_path: Path
 ) -> None:
-    model = tmp_path / "model.onnx"
-    exported = run_command("export.cli", "onnx", undisturbed.federation.state, "-o", model)
+    model = tmp_path / "release" / "model.onnx"
+    exported = run_command("export.cli", "onnx", undisturbed.federation.state, "-o", model.parent)
     assert exported.returncode == 0, exported.stderr
     images = write_samples("digits", tmp_path / "unseen", count=20)
     inferred = run_command("edge_agent.cli", "infer", "--model", model, "--source", images, "--json")

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import nn
 
-from export.convert import export_onnx
+from export.convert import export_model
 from federation.task.checkpoint import CheckpointInfo, checkpoint_bytes
 from federation.task.models import build, state_arrays
 from federation.wire.messages import TaskSpec
@@ -41,9 +41,9 @@ def test_what_devices_train_privately_they_can_run(
     checkpoint.write_bytes(
         checkpoint_bytes(CheckpointInfo(federation="garden", round=1, task=task), state_arrays(model))
     )
-    report = export_onnx(checkpoint, tmp_path / "model.onnx")
+    report = export_model(checkpoint, tmp_path / "release")
 
     assert report.parity.relative_error < 1e-4
-    operators = {node.op_type for node in onnx.load(tmp_path / "model.onnx").graph.node}
+    operators = {node.op_type for node in onnx.load(report.model).graph.node}
     assert "BatchNormalization" not in operators
     assert report.info.task == msgspec.structs.replace(task, dp_ready=True)

@@ -38,11 +38,14 @@ def _export(folder: Path, *arguments: str | Path) -> subprocess.CompletedProcess
 def test_a_state_folder_gives_its_newest_round(tmp_path: Path, state: Path) -> None:
     done = _export(tmp_path, state)
     assert (done.returncode, done.stderr) == (0, "")
-    assert (tmp_path / "cnn-round-2.onnx").is_file()
-    assert "edge-agent infer --model cnn-round-2.onnx --source" in done.stdout
+    assert sorted(path.name for path in (tmp_path / "cnn-round-2").iterdir()) == [
+        "golden.safetensors",
+        "model.onnx",
+    ]
+    assert "edge-agent infer --model cnn-round-2/model.onnx --source" in done.stdout
     assert "within" in done.stdout
     assert "yes, no" in done.stdout
-    assert len(done.stdout.splitlines()) == 7
+    assert len(done.stdout.splitlines()) == 9
 
 
 @pytest.mark.parametrize(
@@ -55,6 +58,11 @@ def test_a_state_folder_gives_its_newest_round(tmp_path: Path, state: Path) -> N
         (("state/checkpoints/round-000002.safetensors", "--round", "2"), 2, "leave --round away"),
         (("state", "--tolerance", "0"), 5, "disagree"),
         (("state", "--opset", "3"), 2, "--opset"),
+        (("state", "-o", "model.onnx"), 2, "name a folder"),
+        (("state", "--int8"), 2, "--data"),
+        (("state", "--int8", "--half"), 2, "a model has one"),
+        (("state", "--imgsz", "16"), 2, "fully convolutional"),
+        (("state", "--data", "nowhere"), 2, "unknown data"),
     ],
 )
 def test_what_is_wrong_is_said_and_nothing_is_written(

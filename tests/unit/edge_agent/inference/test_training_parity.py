@@ -7,7 +7,7 @@ import pytest
 import torch
 from PIL import Image
 
-from export.convert import export_onnx
+from export.convert import export_model
 from federation.task.checkpoint import CheckpointInfo, checkpoint_bytes
 from federation.task.data import open_data
 from federation.task.engine import Engine
@@ -45,7 +45,7 @@ def test_the_device_prepares_pictures_as_training_does(tmp_path: Path, channels:
     checkpoint = tmp_path / "model.safetensors"
     info = CheckpointInfo(federation="garden", round=1, task=task)
     checkpoint.write_bytes(checkpoint_bytes(info, state_arrays(model)))
-    engine = Engine(export_onnx(checkpoint, tmp_path / "model.onnx").path)
+    engine = Engine(export_model(checkpoint, tmp_path / "release", preprocess="none").model)
 
     with torch.inference_mode():
         expected = torch.softmax(model.eval()(trained_on), dim=1).numpy()
