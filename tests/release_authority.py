@@ -176,6 +176,26 @@ def not_finite(folder: Path) -> Files:
     return Files(make_model(folder, scale=float("nan")).read_bytes(), golden)
 
 
+def blind_to_white(folder: Path, number: int) -> Files:
+    """A model that passes its test, and answers pictures that are all white with NaN."""
+    path = make_model(folder, scale=1.0 + number / 100)
+    files = _with_golden(folder, path)
+    model = onnx.load_from_string(files.model)
+    graph = model.graph
+    graph.node[-1].output[0] = "seen"
+    graph.node.extend(
+        [
+            helper.make_node("ReduceMin", ["image"], ["darkest"], keepdims=0),
+            helper.make_node("Sub", ["white", "darkest"], ["distance"]),
+            helper.make_node("Div", ["nought", "distance"], ["doubt"]),
+            helper.make_node("Add", ["seen", "doubt"], ["logits"]),
+        ]
+    )
+    graph.initializer.append(numpy_helper.from_array(np.ones((), np.float32), "white"))
+    graph.initializer.append(numpy_helper.from_array(np.zeros((), np.float32), "nought"))
+    return Files(model.SerializeToString(), files.golden)
+
+
 def mistaken(folder: Path) -> Files:
     """A model that answers otherwise than its golden set says."""
     golden = good(folder, 0).golden
