@@ -10,6 +10,9 @@ from federation.wire.release import ModelFormat
 ANY_DROP = 100.0
 """Percentage points: the gate on accuracy always passes."""
 
+ALL_CLASSES = 4096
+"""As many as a model may have: it answers with those that it has."""
+
 
 def release(model: Trained, wanted: ModelFormat, folder: Path) -> ExportReport:
     """Export with the gates of a release: what fails them is written as fp32, and the report says why."""
@@ -17,12 +20,13 @@ def release(model: Trained, wanted: ModelFormat, folder: Path) -> ExportReport:
 
 
 def forced(model: Trained, wanted: ModelFormat, folder: Path) -> ExportReport:
-    """Export in this format, however slow and inaccurate it is here."""
+    """Export in this format, however slow and inaccurate it is here, answering with all classes."""
     return export_model(
         model.checkpoint,
         folder / f"{model.name}-{wanted}",
         format=wanted,
         data=model.data,
+        topk=ALL_CLASSES,
         max_drop=ANY_DROP,
         latency_gate=False,
     )
