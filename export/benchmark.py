@@ -57,10 +57,11 @@ class Row(Struct, frozen=True, kw_only=True):
         top1: Share of the test images classified rightly, in [0, 1]; None without data.
         images: Test images.
         p50_ms: Milliseconds from a raw frame to a label; median of the bursts' medians.
-        p50_low_ms: The lowest of the bursts' medians.
-        p50_high_ms: The highest.
         p99_ms: 99th percentile over all bursts.
         model_p50_ms: Of the model alone, on an input of its own size (a fused graph has preprocessing and top-k in it).
+        burst_ms: The bursts' medians from a raw frame to a label, in order. What stands at the same place in another row was
+            measured seconds before or after.
+        model_burst_ms: The same of the model alone.
         rss_mb: Resident memory of a fresh process that only runs this model, MiB.
         peak_mb: The most that it ever was: loading takes more than running.
     """
@@ -74,10 +75,10 @@ class Row(Struct, frozen=True, kw_only=True):
     top1: float | None
     images: int
     p50_ms: float
-    p50_low_ms: float
-    p50_high_ms: float
     p99_ms: float
     model_p50_ms: float
+    burst_ms: tuple[float, ...]
+    model_burst_ms: tuple[float, ...]
     rss_mb: float
     peak_mb: float
 
@@ -127,9 +128,14 @@ def benchmark(
     return [_row(*each) for each in zip(models, loaded, by_model, scores, strict=True)]
 
 
+def speedups(row: Row, eager: Row) -> list[float]:
+    """How many times as fast as another a model is, burst by burst: each ratio is of neighbours in time."""
+    return [slow / fast for slow, fast in zip(eager.burst_ms, row.burst_ms, strict=True)]
+
+
 def table(rows: Sequence[Row]) -> str:
     """The rows for people: one line for each model, with how many times as fast as torch's it is where that is there too."""
-    eager = {row.model: row.p50_ms for row in rows if row.runtime.startswith("torch")}
+    eager = {row.model: row for row in rows if row.runtime.startswith("torch")}
     lines = [HEADINGS]
     for row in rows:
         height, width, channels = row.frame
@@ -143,7 +149,7 @@ def table(rows: Sequence[Row]) -> str:
                 f"{row.p50_ms:.3g}",
                 f"{row.p99_ms:.3g}",
                 f"{row.model_p50_ms:.3g}",
-                f"{eager[row.model] / row.p50_ms:.2f}x" if row.model in eager else "-",
+                f"{median(speedups(row, eager[row.model])):.2f}x" if row.model in eager else "-",
                 f"{row.rss_mb:.0f}",
                 f"{row.peak_mb:.0f}",
             )
@@ -236,7 +242,8 @@ def _model_file(path: Path) -> Path:
 
 
 def _row(file: Path, loaded: Loaded, bursts: Sequence[Latencies], scored: Scored) -> Row:
-    middles = [median(burst.whole) for burst in bursts]
+    middles = tuple(median(burst.whole) for burst in bursts)
+    model_middles = tuple(median(burst.model) for burst in bursts)
     whole = np.concatenate([burst.whole for burst in bursts])
     return Row(
         file=str(file),
@@ -248,10 +255,10 @@ def _row(file: Path, loaded: Loaded, bursts: Sequence[Latencies], scored: Scored
         top1=scored.right / scored.images if scored.images else None,
         images=scored.images,
         p50_ms=median(middles),
-        p50_low_ms=min(middles),
-        p50_high_ms=max(middles),
         p99_ms=float(np.percentile(whole, 99)),
-        model_p50_ms=median(median(burst.model) for burst in bursts),
+        model_p50_ms=median(model_middles),
+        burst_ms=middles,
+        model_burst_ms=model_middles,
         rss_mb=median(burst.rss_mb for burst in bursts),
         peak_mb=max(burst.peak_mb for burst in bursts),
     )
