@@ -132,19 +132,23 @@ class Slots:
     # Fetch and install.
 
     def missing(self, release: Release) -> tuple[ObjectRef, ...]:
-        """What must still be fetched to install a release: its model, its golden set, both or nothing."""
+        """What must still be fetched to install a release: its model, its golden set, both or nothing.
+
+        It is the one that is fetched from now on: when space is short, parts of others are deleted for it.
+        """
+        delta = [] if release.delta is None else [release.delta.object]
+        self._fetching = {ref.sha256 for ref in (release.model, release.golden, *delta)}
         folder = self.folder / SLOTS / release.model.sha256
         wanted = ((folder / MODEL_FILE, release.model), (folder / GOLDEN_FILE, release.golden))
         return tuple(ref for path, ref in wanted if not _is(path, ref))
 
     def open_part(self, ref: ObjectRef) -> PartialObject:
-        """Go on fetching an object, or begin. Its space is reserved, and what nobody fetches any more makes room for it.
+        """Go on fetching an object of the release that :meth:`missing` was last asked about, or begin; reserves its space.
 
         Raises:
             ReleaseError: ``no_space``; also from ``write`` of what is returned. Nothing is lost.
             ConfigError: If the disk is not writable.
         """
-        self._fetching.add(ref.sha256)
         return self._parts.open(ref, self._make_room)
 
     def make_from_delta(self, release: Release) -> None:
@@ -159,7 +163,6 @@ class Slots:
             ConfigError: If the disk is not writable.
         """
         assert release.delta is not None
-        self._fetching.add(release.model.sha256)
         base = self.folder / SLOTS / release.delta.base / MODEL_FILE
         self._parts.make_from_delta(release.model, base, release.delta.object, self._make_room)
 

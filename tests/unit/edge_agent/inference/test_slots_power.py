@@ -13,6 +13,7 @@ import pytest
 from power_cuts import Choose, Disk, PowerCut
 from slot_releases import fetch, made, put
 
+from edge_agent.inference.slot_files import installed
 from edge_agent.inference.slots import Slots
 from federation.errors import ReleaseFault
 from federation.release import MODEL_FILE, check_file
@@ -143,6 +144,8 @@ WEATHERS = 1
 
 def device(folder: Path, story: Story) -> Path:
     folder.mkdir()
+    if not story.before:
+        return folder
     with Slots(folder / MODELS, clock=lambda: 1.0) as slots:
         for number in story.before:
             slots.activate(put(slots, made(number)))
@@ -179,6 +182,8 @@ def assert_good_start(folder: Path, story: Story, done: list[str]) -> None:
     with Slots(folder / MODELS, clock=lambda: 3.0) as slots:
         runs = None if slots.current is None else slots.current.release.number
         assert runs in story.runs[done[-1] if done else ""], done
+        for slot in installed(slots.folder) if story.damage is None else ():
+            check_file(slot.model, slot.release.model)
         if slots.current is None:
             return
         check_file(slots.current.model, slots.current.release.model)
