@@ -11,7 +11,7 @@ from export.fused import fuse
 from export.gates import Reference, judge
 from export.parity import check_fused
 from export.pictures import CALIBRATION_PICTURES, Pictures, read_pictures, refuse_unreal
-from export.quantize import outer_layers, to_half, to_int8
+from export.quantize import delicate_layers, to_half, to_int8
 from export.report import Gate
 from export.requirements import requirements_of
 from federation.errors import ConfigError
@@ -114,8 +114,6 @@ def choose(core: "onnx.ModelProto", request: Request, scratch: Path) -> Chosen:
             return Chosen(
                 path=attempt, card=attempt_card, gates=tuple(gates), reasons=earlier, metrics=metrics
             )
-        if gate.latency_ms is not None:
-            break  # a variant with more of it in float32 would hardly be faster
     return _fallen_back(path, card, gates, reference, "")
 
 
@@ -131,10 +129,10 @@ def _attempts(
         refuse_unreal(pictures)
         recipe, pixels = request.card.preprocessing, pictures.pixels
         yield "all convolutions and matrix products", lambda: to_int8(core, recipe, pixels)
-        outer = outer_layers(core)
+        delicate = delicate_layers(core)
         yield (
-            "first and last layer in float32",
-            lambda: to_int8(core, recipe, pixels, in_float=outer),
+            "first, last and depthwise layers in float32",
+            lambda: to_int8(core, recipe, pixels, in_float=delicate),
         )
 
 
