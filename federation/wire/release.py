@@ -6,7 +6,6 @@ again, while an operator can go back to an earlier release with a new manifest (
 and expiry of the timestamp role).
 """
 
-import hashlib
 from enum import StrEnum
 from typing import Annotated, Literal
 
@@ -219,5 +218,7 @@ def draw(federation: str, agent: str, number: int) -> float:
     Uniform in [0, 1), and different for each release, so that not always the same devices go first:
     the first 8 bytes of SHA-256("fedge/1 canary" | federation | agent | number), big-endian, over 2^64.
     """
+    import hashlib  # and with it OpenSSL: 3 MB that a device which runs a model file of its own does without
+
     text = f"fedge/1 canary\0{federation}\0{agent}\0{number}".encode()
     return int.from_bytes(hashlib.sha256(text).digest()[:8], "big") / 2**64
