@@ -14,6 +14,7 @@ import psutil
 import structlog
 
 from aggregator.enrolment import NATS_FOLDER
+from federation.children import dying_with_us
 from federation.errors import ConfigError, TransportError
 from federation.files import disk_error, write_whole
 
@@ -26,17 +27,6 @@ _RELOAD_S = 10.0
 _POLL_S = 0.02
 _TAIL_BYTES = 2000
 _PRIVATE = 0o600
-
-_DIE_WITH_PARENT = """
-import ctypes, os, signal, sys
-PR_SET_PDEATHSIG = 1
-ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGTERM)
-if os.getppid() != int(sys.argv[1]):
-    sys.exit("the aggregator died while its broker started")
-os.execv(sys.argv[2], sys.argv[2:])
-"""
-"""Run before nats-server on Linux, in its process: the request survives the exec. A preexec_fn would do the same
-inside the forked copy of a process with threads, where any lock may be held for ever."""
 
 _log = structlog.get_logger()
 
@@ -92,9 +82,7 @@ def spawn(executable: Path, files: BrokerFiles) -> subprocess.Popen[bytes]:
         OSError: If it cannot be executed.
         ConfigError: If the pid file cannot be written; nothing is left running.
     """
-    command = [str(executable), "-c", str(files.conf)]
-    if sys.platform == "linux":
-        command = [sys.executable, "-I", "-S", "-c", _DIE_WITH_PARENT, str(os.getpid()), *command]
+    command = dying_with_us([str(executable), "-c", str(files.conf)])
     # What it says before its log is open, and whatever a crash prints. A session of its own keeps Ctrl-C from
     # killing the broker before the aggregator has said goodbye on it.
     with files.stderr.open("wb") as stderr:

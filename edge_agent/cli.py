@@ -2,7 +2,7 @@
 
 import signal
 from pathlib import Path
-from typing import Annotated, NoReturn
+from typing import TYPE_CHECKING, Annotated, NoReturn
 
 import typer
 
@@ -12,6 +12,10 @@ from federation import __version__
 from federation.cli import new_app, run
 from federation.errors import BudgetExhaustedError, ConfigError
 from federation.logs import LogFormat, configure
+
+if TYPE_CHECKING:
+    from edge_agent.config import AgentConfig
+    from edge_agent.terms import Requirement
 
 app = new_app("Take part in a federation from a device: train where the data is, run the model there.")
 app.command("infer")(infer)
@@ -86,6 +90,16 @@ def run_agent(
         Path | None,
         typer.Option("--roster", help="Keys of the federation's devices, for secure aggregation."),
     ] = None,
+    source: Annotated[
+        str | None,
+        typer.Option(
+            "--source",
+            help="What to label meanwhile, with the current release: as for `infer`. More of it in [inference].",
+        ),
+    ] = None,
+    publish: Annotated[
+        str | None, typer.Option("--publish", help="mqtt: send predictions to the broker.")
+    ] = None,
     give_up_after_s: Annotated[
         float | None,
         typer.Option(
@@ -101,6 +115,7 @@ def run_agent(
 ) -> None:
     """Take part until SIGTERM. Power, link and server may fail at any time: nothing is lost."""
     from edge_agent.config import AgentConfig
+    from edge_agent.inference_child import inference_beside
     from edge_agent.terms import parse_requirement
     from federation.config import load
     from federation.wire.rate import parse_rate
@@ -124,6 +139,8 @@ def run_agent(
             "privacy.require": require,
             "privacy.max_epsilon": max_epsilon,
             "privacy.roster": None if roster is None else str(roster),
+            "inference.source": source,
+            "inference.publish": publish,
         },
     )
     if not settings.data:
@@ -132,10 +149,30 @@ def run_agent(
         )
     cap = parse_rate(settings.max_rate) if settings.max_rate else None
     required = tuple(parse_requirement(text) for text in settings.privacy.require)
+    beside = inference_beside(
+        bundle,
+        settings.inference.source,
+        {
+            "--config": file,
+            "--state": state,
+            "--source": source,
+            "--publish": publish,
+            "--max-rate": max_rate,
+            "--log-level": log_level,
+            "--log-format": log_format,
+        },
+    )
+    with beside:
+        _take_part(bundle, settings, cap, required)
 
+
+def _take_part(
+    bundle: Path, settings: "AgentConfig", cap: float | None, required: "tuple[Requirement, ...]"
+) -> None:
     from edge_agent.agent import Agent, Options
     from edge_agent.telemetry import capabilities
     from edge_agent.training import TorchTrainer
+    from edge_agent.watchdog import Notifier
     from federation.bundle import read_bundle
     from federation.task.data import task_from_data
 
@@ -162,7 +199,7 @@ def run_agent(
         limits=settings.privacy,
         data=settings.data,
     )
-    agent = Agent(identity, able, trainer, options)
+    agent = Agent(identity, able, trainer, options, notifier=Notifier.from_environment())
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, lambda *_: agent.stop())
     agent.run()

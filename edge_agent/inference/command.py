@@ -66,6 +66,9 @@ def infer(
         Path | None,
         typer.Option(help="Folder for what must survive, releases too; default BUNDLE's name beside it."),
     ] = None,
+    max_rate: Annotated[
+        str | None, typer.Option(help="Most bandwidth to use in each direction: 256kbit, 1.5mbit.")
+    ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON lines.")] = False,
     limit: Annotated[int, typer.Option(min=0, help="Stop after so many pictures; 0 means no limit.")] = 0,
     log_level: Annotated[str, typer.Option("--log-level", help="debug, info, warning or error.")] = "info",
@@ -96,6 +99,7 @@ def infer(
         file=file,
         flags={
             "state_dir": None if state is None else str(state),
+            "max_rate": max_rate,
             **{f"inference.{name}": value for name, value in given.items()},
         },
     )
@@ -104,6 +108,7 @@ def infer(
 
     from edge_agent.inference.loop import InferenceLoop
     from edge_agent.inference.sources import open_feed
+    from edge_agent.watchdog import Notifier
 
     feed = open_feed(chosen.source, fps=chosen.fps, file_fps=fps or 0, stdin=sys.stdin.fileno())
     follows = bundle is not None and (chosen.model == CURRENT or chosen.publish == MQTT)
@@ -111,7 +116,12 @@ def infer(
         _import_structlog()
         configure(level=log_level, form=log_format)
     with ExitStack() as stack:
-        loop = InferenceLoop(feed, _outputs(stack, feed, chosen, as_json=as_json), limit=limit)
+        notifier = Notifier.from_environment()
+        stack.callback(notifier.close)
+        outputs = _outputs(stack, feed, chosen, as_json=as_json)
+        loop = InferenceLoop(
+            feed, outputs, limit=limit, on_turn=lambda: notifier.alive(lambda: _doing(loop, feed))
+        )
         _stop_at_signals(loop)
         if bundle is not None and follows:
             _follow(stack, settings, bundle, loop)
@@ -119,7 +129,10 @@ def infer(
             from federation.task.engine import Engine
 
             loop.install(Engine(Path(chosen.model), threads=chosen.threads, top=chosen.top))
-        summary = loop.run()
+        try:
+            summary = loop.run()
+        finally:
+            notifier.stopping()
         if not summary.images and not loop.stopped:
             raise _nothing(chosen.source, summary, loop.last_failure)
 
@@ -202,6 +215,17 @@ def _follow(stack: ExitStack, settings: "AgentConfig", bundle: Path, loop: "Infe
     follower.start()
     if chosen.publish == MQTT:
         loop.add_sink(MqttSink(follower.publish_prediction, Changes(chosen.publish_interval_s)))
+
+
+def _doing(loop: "InferenceLoop", feed: "Feed") -> str:
+    """What `systemctl status` shows, in plain words."""
+    if loop.awaits_model:
+        return "waiting for a first model"
+    health = loop.health()
+    if not health.frames:
+        return "waiting for a first frame" if feed.live else "looking for pictures"
+    dropped = f", {health.dropped} frames dropped for newer ones" if health.dropped else ""
+    return f"labelling frames, {health.frames} with this model in {health.p50_ms:.1f} ms each{dropped}"
 
 
 def _stop_at_signals(loop: "InferenceLoop") -> None:
