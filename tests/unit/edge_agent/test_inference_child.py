@@ -69,13 +69,15 @@ def test_it_may_end_by_itself_when_its_source_does(tmp_path: Path) -> None:
 
 
 def test_what_cannot_be_started_is_told_and_tried_again() -> None:
-    with structlog.testing.capture_logs() as logs:
-        with InferenceChild([], command=("/no/such/program",), retry_min_s=0.01):
-            until(
-                lambda: sum(line["event"] == "inference_ended" for line in logs) > 1,
-                timeout_s=PATIENCE_S,
-                what="two tries",
-            )
+    with (
+        structlog.testing.capture_logs() as logs,
+        InferenceChild([], command=("/no/such/program",), retry_min_s=0.01),
+    ):
+        until(
+            lambda: sum(line["event"] == "inference_ended" for line in logs) > 1,
+            timeout_s=PATIENCE_S,
+            what="two tries",
+        )
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="asks the Linux kernel")
@@ -85,12 +87,13 @@ def test_it_does_not_outlive_an_agent_that_is_killed() -> None:
         "from edge_agent.inference_child import InferenceChild\n"
         "with InferenceChild([], command=(sys.executable, '-c', 'import time; time.sleep(600)')) as child:\n"
         "    while child.pid is None: time.sleep(0.01)\n"
-        "    print(child.pid, flush=True)\n"
+        "    print('pid', child.pid, flush=True)\n"
         "    time.sleep(600)\n"
     )
     with subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True) as agent:
         assert agent.stdout is not None
-        pid = int(agent.stdout.readline())
+        said = next(line for line in agent.stdout if line.startswith("pid "))
+        pid = int(said.split()[1])
         agent.kill()
     until(lambda: gone(pid), timeout_s=PATIENCE_S, what="its end")
 
