@@ -51,6 +51,7 @@ from edge_agent.session import (
 )
 from edge_agent.telemetry import Health
 from edge_agent.terms import Requirement, objection
+from edge_agent.watchdog import Notifier
 from edge_agent.worker import Trainer, Worker
 from federation.bundle import Bundle, address
 from federation.errors import (
@@ -132,6 +133,7 @@ class Agent:
         trainer: Trains.
         options: Settings.
         make_link: Makes the link to the broker.
+        notifier: Hears that the loop turns. Training may take hours and is not watched.
     """
 
     def __init__(
@@ -142,8 +144,10 @@ class Agent:
         options: Options,
         *,
         make_link: MakeLink = Link,
+        notifier: Notifier | None = None,
     ) -> None:
         self._bundle, self._options = bundle, options
+        self._notifier = notifier or Notifier()
         self._topics = Topics(bundle.federation)
         self._name = bundle.agent
         self._key = private_key(bundle.private_key)
@@ -238,6 +242,7 @@ class Agent:
             goodbye = []  # the state topic belongs to the other process now
             raise
         finally:
+            self._notifier.stopping()
             self._worker.stop()
             self._link.stop(goodbye)
 
@@ -250,8 +255,11 @@ class Agent:
     # --- the loop -------------------------------------------------------------------------------------------------
 
     def _turn(self) -> None:
+        self._notifier.alive(self._doing)
         now = time.monotonic()
+        period_s = self._notifier.period_s
         wakeups = (
+            None if period_s is None else now + period_s,
             self._session.next_wakeup(),
             self._cache.next_wakeup(),
             self._secure.next_wakeup(),
@@ -273,6 +281,16 @@ class Agent:
 
     def _health_wakeup(self) -> float | None:
         return self._health_due if self._options.telemetry_s and self._link.connected else None
+
+    def _doing(self) -> str:
+        if not self._link.connected:
+            return "waiting for the broker"
+        phase = self._session.phase
+        return (
+            "no round to take part in"
+            if phase is Phase.IDLE
+            else f"round {self._session.round}: {phase.value}"
+        )
 
     def _report(self) -> None:
         phase = self._session.phase

@@ -90,6 +90,11 @@ class InferenceLoop:
         """Whether :meth:`stop` was called."""
         return self._stopping
 
+    @property
+    def awaits_model(self) -> bool:
+        """Whether no model is installed."""
+        return self._running is None
+
     def add_sink(self, sink: Sink) -> None:
         """Hand everything to one more. Before :meth:`run` only."""
         self._sinks.append(sink)
