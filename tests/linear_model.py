@@ -31,22 +31,31 @@ def card(**changes: object) -> ModelCard:
     return ModelCard(**(fields | changes))  # type: ignore[arg-type]  # a test names the fields
 
 
-def make_model(folder: Path, properties: dict[str, str] | None = None, *, scale: float = 1.0) -> Path:
-    """A linear model that tells dark pictures from bright ones; scale NaN makes it answer with NaN."""
-    weight = np.zeros((SIDE * SIDE, len(LABELS)), np.float32)
+def linear_core(*, scale: float = 1.0, channels: int = 1, side: int = SIDE) -> onnx.ModelProto:
+    """A linear model that tells dark pictures from bright ones, without metadata."""
+    weight = np.zeros((channels * side * side, len(LABELS)), np.float32)
     weight[:, 0], weight[:, 1] = -scale, scale
     graph = helper.make_graph(
         [
-            helper.make_node("Flatten", ["image"], ["flat"]),
-            helper.make_node("MatMul", ["flat", "w"], ["logits"]),
+            helper.make_node("Flatten", ["image"], ["flat"], name="flatten"),
+            helper.make_node("MatMul", ["flat", "w"], ["logits"], name="multiply"),
         ],
         "linear",
-        [helper.make_tensor_value_info("image", TensorProto.FLOAT, ["N", 1, SIDE, SIDE])],
+        [helper.make_tensor_value_info("image", TensorProto.FLOAT, ["N", channels, side, side])],
         [helper.make_tensor_value_info("logits", TensorProto.FLOAT, ["N", len(LABELS)])],
         [numpy_helper.from_array(weight, "w")],
     )
-    model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 20)], ir_version=10)
-    helper.set_model_props(model, card().properties() if properties is None else properties)
+    return helper.make_model(graph, opset_imports=[helper.make_opsetid("", 20)], ir_version=10)
+
+
+def make_model(folder: Path, properties: dict[str, str] | None = None, *, scale: float = 1.0) -> Path:
+    """A file with a linear model; scale NaN makes it answer with NaN."""
+    return save(linear_core(scale=scale), card().properties() if properties is None else properties, folder)
+
+
+def save(model: onnx.ModelProto, properties: dict[str, str], folder: Path) -> Path:
+    """Write a model with metadata."""
+    helper.set_model_props(model, properties)
     path = folder / "model.onnx"
     path.write_bytes(model.SerializeToString())
     onnx.checker.check_model(path)

@@ -77,7 +77,7 @@ class ModelCard(Struct, frozen=True, kw_only=True):
         requirements: What it needs to run; None where the exporter did not say.
 
     Raises:
-        ValueError: If ``topk`` is larger than the number of labels.
+        ValueError: If two labels are the same, ``topk`` is larger than their number, or is not there for a fused graph.
     """
 
     labels: Labels
@@ -88,6 +88,8 @@ class ModelCard(Struct, frozen=True, kw_only=True):
     requirements: Requirements | None = None
 
     def __post_init__(self) -> None:
+        if len(set(self.labels)) != len(self.labels):
+            raise ValueError("two labels have the same name")
         if (self.preprocess == "fused") != (self.topk is not None):
             raise ValueError("a fused graph says how many classes it answers with, a plain one does not")
         if self.topk is not None and self.topk > len(self.labels):
