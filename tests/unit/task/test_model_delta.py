@@ -114,10 +114,10 @@ def test_models_that_differ_in_their_tensors(scheme: str) -> None:
 def test_empty_and_scalar_tensors() -> None:
     before = {
         "empty": np.zeros((0, 3), np.int8),
-        "scalar": np.float32(1).reshape(()),
+        "scalar": np.array(1, np.float32),
         "w": np.ones(9, np.int8),
     }
-    after = before | {"scalar": np.float32(2).reshape(()), "w": np.full(9, -128, np.int8)}
+    after = before | {"scalar": np.array(2, np.float32), "w": np.full(9, -128, np.int8)}
     base, new = model(before), model(after)
     assert restored(base, make_delta(base, new), new) == new
 
