@@ -3,6 +3,8 @@
 Inference never shares a process with PyTorch: neither its memory, nor its crashes, nor its locks.
 """
 
+import os
+import signal
 import subprocess
 import sys
 import threading
@@ -15,6 +17,7 @@ from typing import Final, Self
 
 import structlog
 
+from edge_agent.watchdog import ChildWatch
 from federation.children import dying_with_us
 from federation.errors import ConfigError
 
@@ -31,6 +34,18 @@ STEADY_S: Final = 60.0
 STOP_S: Final = 20.0
 """After SIGTERM, before SIGKILL: it says goodbye to the broker, and may be in the middle of an activation."""
 
+SILENT_S: Final = 60.0
+"""Twelve turns of its loop without one sign of life: its model hangs, or its camera has been stuck for a minute before."""
+
+START_S: Final = 300.0
+"""Until its first sign: imports from a worn SD card, beside PyTorch that does the same."""
+
+LOOK_S: Final = 0.2
+"""Between two looks at whether it has ended or hangs."""
+
+ABORT_S: Final = 5.0
+"""After SIGABRT, at which it prints where each thread is, before SIGKILL."""
+
 
 class InferenceChild:
     """Keeps one process running until it is told to end, or the process ends by itself without a fault.
@@ -39,6 +54,7 @@ class InferenceChild:
         arguments: Of ``edge-agent infer``.
         command: What is run with them.
         retry_min_s: First wait after a crash, seconds; it doubles.
+        silent_s: Seconds without a sign of life (``edge_agent.watchdog``) after which it hangs, and is started again.
     """
 
     def __init__(
@@ -47,9 +63,11 @@ class InferenceChild:
         *,
         command: Sequence[str] = (sys.executable, "-m", "edge_agent.cli", "infer"),
         retry_min_s: float = RETRY_MIN_S,
+        silent_s: float = SILENT_S,
     ) -> None:
         self._command = dying_with_us([*command, *arguments])
         self._retry_min_s = retry_min_s
+        self._watch = ChildWatch(silent_s, START_S)
         self._child: subprocess.Popen[bytes] | None = None
         self._guard = threading.Lock()
         self._stopping = threading.Event()
@@ -68,6 +86,7 @@ class InferenceChild:
         if child is not None:
             _end(child)
         self._thread.join()
+        self._watch.close()
 
     @property
     def pid(self) -> int | None:
@@ -104,21 +123,38 @@ class InferenceChild:
             with self._guard:
                 if self._stopping.is_set():
                     return None
+                self._watch.started()
                 # Its log goes where ours goes. What it would print for a person has no reader here.
                 self._child = subprocess.Popen(
                     self._command,
                     stdin=subprocess.DEVNULL,
                     stdout=subprocess.DEVNULL,
+                    env=self._watch.environment(os.environ) | {"PYTHONFAULTHANDLER": "1"},
                     start_new_session=True,  # Ctrl-C is for the agent, which ends it in order
                 )
         except OSError as error:
             return f"it cannot be started: {error.strerror or error}"
         log.info("inference_started", pid=self._child.pid)
-        status = self._child.wait()
+        status = self._until_it_ends(self._child)
+        if status is None:
+            return "it hung"
         if status == 0:
             log.info("inference_source_ended")
             return None
         return f"killed by signal {-status}" if status < 0 else f"exit code {status}"
+
+    def _until_it_ends(self, child: "subprocess.Popen[bytes]") -> int | None:
+        """Its exit status; None if it hung and was killed."""
+        while child.poll() is None:
+            if self._stopping.wait(LOOK_S):
+                return child.wait()  # it is ended by who has set this
+            if self._watch.hung():
+                log.error(
+                    "inference_hung", pid=child.pid, remedy="where each of its threads was is printed next"
+                )
+                _end(child, signal.SIGABRT, ABORT_S)
+                return None
+        return child.returncode
 
 
 def inference_beside(
@@ -144,11 +180,13 @@ def inference_beside(
     return InferenceChild([str(bundle), *given])
 
 
-def _end(child: "subprocess.Popen[bytes]") -> None:
-    child.terminate()
+def _end(
+    child: "subprocess.Popen[bytes]", number: signal.Signals = signal.SIGTERM, patience_s: float = STOP_S
+) -> None:
+    child.send_signal(number)
     try:
-        child.wait(STOP_S)
+        child.wait(patience_s)
     except subprocess.TimeoutExpired:
-        log.warning("inference_killed", pid=child.pid, after_s=STOP_S, lost="nothing")
+        log.warning("inference_killed", pid=child.pid, after_s=patience_s, lost="nothing")
         child.kill()
         child.wait()

@@ -119,7 +119,7 @@ class ChildWatch:
     """Hears the signs of life of one child: for it, this process stands where systemd stands for this process.
 
     So the part that hangs is started again, and not the whole: a camera's driver must not cost a round's training.
-    The child gets :attr:`environment` and uses :class:`Notifier`. One thread uses this.
+    The child gets :meth:`environment` and uses :class:`Notifier`. One thread uses this.
 
     Args:
         limit_s: Seconds of silence after which a child that was ready is taken for hung.
@@ -138,18 +138,13 @@ class ChildWatch:
         self.ready = False
         self.status = ""
 
-    @property
-    def environment(self) -> Mapping[str, str]:
-        """What to add to the environment of the child."""
-        return {
+    def environment(self, ours: Mapping[str, str]) -> dict[str, str]:
+        """What the child has for its environment: ours, with this in the place of whoever listens to us."""
+        own = {
             NOTIFY_SOCKET: "@" + self._socket.getsockname()[1:].decode(),
             WATCHDOG_USEC: str(round(self._limit_s * _USEC_PER_S)),
         }
-
-    @property
-    def next_wakeup(self) -> float:
-        """When, by the clock, a child that stays silent is taken for hung."""
-        return self._heard_at + (self._limit_s if self.ready else self._start_s)
+        return {name: value for name, value in ours.items() if name != WATCHDOG_PID} | own
 
     def started(self) -> None:
         """A child was started: what an earlier one has said does not count for it."""
@@ -159,7 +154,7 @@ class ChildWatch:
     def hung(self) -> bool:
         """Whether the child has been silent for too long. Never waits."""
         self._receive()
-        return self._clock() > self.next_wakeup
+        return self._clock() > self._heard_at + (self._limit_s if self.ready else self._start_s)
 
     def close(self) -> None:
         """Free the socket."""
