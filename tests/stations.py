@@ -1,13 +1,14 @@
 """A device that looks at pictures and follows releases, with everything real but the camera; the broker is the test's choice."""
 
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from pathlib import Path
 from typing import Any
 
 import msgspec
 import numpy as np
 from brokers import until
+from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PublicKey
 from memory_link import MemoryBroker, MemoryLink
 from release_authority import Authority, Files, key_of
 
@@ -174,81 +175,110 @@ class Station:
 
 
 class Server:
-    """The aggregator's side on a broker in memory.
+    """The aggregator's side of releases: signs, publishes, listens. Where to is a matter of the subclass.
 
     Args:
-        broker: To publish on.
         authority: Signs.
+        agent: The device that it listens to.
+        key: That device's.
     """
 
-    def __init__(self, broker: MemoryBroker, authority: Authority) -> None:
-        self.broker, self.authority = broker, authority
+    def __init__(self, authority: Authority, agent: str, key: Ed25519PublicKey) -> None:
+        self.authority, self.agent, self.key = authority, agent, key
+        self.topics = Topics(authority.federation)
+
+    def publish(self, topic: str, payload: bytes) -> None:
+        """Publish, retained."""
+        raise NotImplementedError
+
+    def payloads(self, topic: str) -> list[bytes]:
+        """All that was published there so far."""
+        raise NotImplementedError
 
     def make(self, number: int, files: Files, **more: Any) -> Release:
         return self.authority.release(number, model=files.model, golden=files.golden, **more)
 
-    def seed(self, release: Release, *, without: tuple[ObjectRef, ...] = ()) -> None:
-        """Put the chunks on the broker."""
-        skipped = {TOPICS.object_chunk(ref.sha256, index) for ref in without for index in range(ref.chunks)}
+    def seed(self, release: Release, *, without: Collection[str] = ()) -> None:
+        """Put the chunks on the broker, but for those topics."""
         for topic, payload in self.authority.chunks(release):
-            if topic not in skipped:
+            if topic not in without:
                 self.publish(topic, payload)
 
     def announce(self, release: Release | None, channel: Channel = Channel.STABLE, **more: Any) -> bytes:
         """Sign and publish the next manifest."""
         envelope = self.authority.sign(self.authority.manifest(release, channel, **more))
-        self.publish(TOPICS.release(channel.value), envelope)
+        self.publish(self.topics.release(channel.value), envelope)
         return envelope
 
-    def publish(self, topic: str, payload: bytes) -> None:
-        self.broker.route("server", topic, payload, qos=1, retain=True)
+    def chunk_topics(self, ref: ObjectRef) -> list[str]:
+        return [self.topics.object_chunk(ref.sha256, index) for index in range(ref.chunks)]
 
     def reports(self) -> list[ReleaseReport]:
-        """All that the device has said, verified."""
-        topic = TOPICS.release_report(AGENT)
-        return [open_report(payload) for _, at, payload in list(self.broker.log) if at == topic]
+        """All that the device has said, verified as the aggregator does."""
+        return [self._open(payload) for payload in self.payloads(self.topics.release_report(self.agent))]
 
-    def hears(self, number: int, state: RolloutState, fault: ReleaseFault | None = None) -> ReleaseReport:
-        """Wait for such a report."""
+    def hears(
+        self, number: int, state: RolloutState, fault: ReleaseFault | None = None, *, after: int = 0
+    ) -> ReleaseReport:
+        """Wait for such a report; ``after`` leaves out the first ones."""
         wanted = number, state, fault
 
         def found() -> list[ReleaseReport]:
-            return [report for report in self.reports() if gist(report) == wanted]
+            return [report for report in self.reports()[after:] if gist(report) == wanted]
 
-        until(lambda: bool(found()), timeout_s=DEADLINE_S, what=f"{wanted}, heard {self.heard()}")
+        try:
+            until(lambda: bool(found()), timeout_s=DEADLINE_S, what=str(wanted))
+        except AssertionError as error:
+            raise AssertionError(f"{error}; heard {self.heard()}") from None
         return found()[-1]
 
     def heard(self) -> list[tuple[int, RolloutState, ReleaseFault | None]]:
         return [gist(report) for report in self.reports()]
 
-    def state(self) -> ModelState:
-        """What the device shows now."""
-        return msgspec.json.decode(self.broker.retained[TOPICS.model(AGENT)], type=ModelState)
+    def state(self) -> ModelState | None:
+        """What the device shows now; None before it has shown anything."""
+        payloads = self.payloads(self.topics.model(self.agent))
+        return msgspec.json.decode(payloads[-1], type=ModelState) if payloads else None
 
     def shows(self, ready: Callable[[ModelState], bool], what: str) -> ModelState:
-        topic = TOPICS.model(AGENT)
-        until(
-            lambda: topic in self.broker.retained and ready(self.state()),
-            timeout_s=DEADLINE_S,
-            what=what,
+        """Wait until its state is so."""
+
+        def so() -> bool:
+            state = self.state()
+            return state is not None and ready(state)
+
+        until(so, timeout_s=DEADLINE_S, what=what)
+        state = self.state()
+        assert state is not None
+        return state
+
+    def _open(self, payload: bytes) -> ReleaseReport:
+        return unseal(
+            payload,
+            ReleaseReport,
+            purpose=Purpose.RELEASE_REPORT,
+            federation=self.authority.federation,
+            sender=self.agent,
+            key=self.key,
         )
-        return self.state()
+
+
+class MemoryServer(Server):
+    """On a broker in memory."""
+
+    def __init__(self, broker: MemoryBroker, authority: Authority) -> None:
+        super().__init__(authority, AGENT, DEVICE_KEY.public_key())
+        self.broker = broker
+
+    def publish(self, topic: str, payload: bytes) -> None:
+        self.broker.route("server", topic, payload, qos=1, retain=True)
+
+    def payloads(self, topic: str) -> list[bytes]:
+        return [payload for _, at, payload in list(self.broker.log) if at == topic]
 
     def link(self) -> MemoryLink:
         """The device's newest."""
         return self.broker.links[-1]
-
-
-def open_report(payload: bytes) -> ReleaseReport:
-    """Verified as the aggregator does."""
-    return unseal(
-        payload,
-        ReleaseReport,
-        purpose=Purpose.RELEASE_REPORT,
-        federation="garden",
-        sender=AGENT,
-        key=DEVICE_KEY.public_key(),
-    )
 
 
 def gist(report: ReleaseReport) -> tuple[int, RolloutState, ReleaseFault | None]:
