@@ -94,7 +94,7 @@ class Process:
         return [
             record
             for record in map(json.loads, lines)
-            if record["event"] == event and fields.items() <= record.items()
+            if record.get("event") == event and fields.items() <= record.items()
         ]
 
     def until_logged(self, event: str, timeout_s: float = PATIENCE_S, **fields: object) -> None:
