@@ -35,8 +35,8 @@ def _photograph(height: int, width: int, channels: int) -> np.ndarray:
     coarse = Image.fromarray(generator.integers(0, 256, (9, 12, 3), dtype=np.uint8))
     smooth = np.asarray(coarse.resize((width, height), Image.Resampling.BICUBIC)).astype(np.int16)
     grain = generator.integers(-12, 13, smooth.shape)
-    frame = np.clip(smooth + grain, 0, 255).astype(np.uint8)
-    return frame[:, :, :channels].copy()
+    frame: np.ndarray = np.clip(smooth + grain, 0, 255).astype(np.uint8)
+    return np.ascontiguousarray(frame[:, :, :channels])
 
 
 @pytest.mark.parametrize("channels", [1, 3])
