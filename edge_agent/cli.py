@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Annotated, NoReturn
 import typer
 
 from edge_agent.inference.command import infer
+from edge_agent.inference.models_command import models
 from edge_agent.places import default_state
 from federation import __version__
 from federation.cli import new_app, run
@@ -19,6 +20,7 @@ if TYPE_CHECKING:
 
 app = new_app("Take part in a federation from a device: train where the data is, run the model there.")
 app.command("infer")(infer)
+app.command("models")(models)
 
 BundleArgument = Annotated[
     Path, typer.Argument(help="The file that `aggregator enroll` wrote for this device.")
