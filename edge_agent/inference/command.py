@@ -106,15 +106,17 @@ def infer(
     chosen = settings.inference
     _check(chosen, bundle)
 
+    from edge_agent.inference.sources import is_live, open_feed
+
+    follows = bundle is not None and (chosen.model == CURRENT or chosen.publish == MQTT)
+    if follows or is_live(chosen.source):
+        _import_structlog()
+        configure(level=log_level, form=log_format)
+
     from edge_agent.inference.loop import InferenceLoop
-    from edge_agent.inference.sources import open_feed
     from edge_agent.watchdog import Notifier
 
     feed = open_feed(chosen.source, fps=chosen.fps, file_fps=fps or 0, stdin=sys.stdin.fileno())
-    follows = bundle is not None and (chosen.model == CURRENT or chosen.publish == MQTT)
-    if feed.live or follows:
-        _import_structlog()
-        configure(level=log_level, form=log_format)
     with ExitStack() as stack:
         notifier = Notifier.from_environment()
         stack.callback(notifier.close)

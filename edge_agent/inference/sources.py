@@ -18,6 +18,16 @@ VIDEO_SUFFIXES = frozenset(
 _URL = re.compile(r"[a-z][a-z0-9+.-]*://", re.IGNORECASE)
 
 
+def is_live(source: str) -> bool:
+    """Whether a source gives frames as time goes by: a camera or a stream."""
+    return (
+        source == PICAMERA
+        or source.isdecimal()
+        or _URL.match(source) is not None
+        or Path(source).is_char_device()
+    )
+
+
 def open_feed(source: str, *, fps: float, file_fps: float, stdin: int) -> Feed:
     """Make the feed for a source. Nothing of a camera is touched before the feed is started.
 
@@ -34,7 +44,7 @@ def open_feed(source: str, *, fps: float, file_fps: float, stdin: int) -> Feed:
     path = Path(source)
     if source == STDIN:
         return StdinFeed(stdin, Pace(file_fps))
-    if source == PICAMERA or source.isdecimal() or _URL.match(source) or path.is_char_device():
+    if is_live(source):
         return _live(source, fps)
     if not path.exists():
         raise ConfigError(
