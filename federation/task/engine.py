@@ -16,6 +16,7 @@ from msgspec import Struct
 from PIL import Image
 
 from federation.errors import ConfigError, VerificationError
+from federation.task.halving import halve
 from federation.task.model_card import ModelCard
 from federation.task.preprocessing import PICTURE_MODES
 
@@ -185,7 +186,12 @@ class Engine:
         )
 
     def _frame(self, image: Image.Image | np.ndarray) -> np.ndarray:
-        """A picture as uint8 ``[H, W, channels]``, in its own size."""
+        """A picture as uint8 ``[H, W, channels]``, in its own size or, if that is a multiple of the model's, a half of it."""
+        recipe = self.card.preprocessing
+        return halve(self._own_size(image), recipe.height, recipe.width)
+
+    def _own_size(self, image: Image.Image | np.ndarray) -> np.ndarray:
+        """A picture as uint8 ``[H, W, channels]``."""
         if isinstance(image, np.ndarray):
             channels = _channels(image)
             if channels == self._channels:
