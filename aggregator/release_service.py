@@ -335,7 +335,7 @@ def _tell(note: Note) -> None:
         "devices": tally.devices,
         "confirmed": tally.confirmed,
         "failed": tally.failed,
-        "waiting": tally.waiting + tally.away,
+        "waiting": tally.waiting + tally.vanished + tally.away,
     }
     if tally.faults:
         fields["faults"] = tally.causes

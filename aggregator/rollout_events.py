@@ -97,7 +97,8 @@ class Tally:
         confirmed: Run it for good.
         failed: Refused it, went back, or were lost with it.
         waiting: Are online and have not said either.
-        away: The rest.
+        vanished: Went offline while they tested the release or were on probation with it.
+        away: Are offline and had not begun.
         faults: Why devices failed: how many for each code; ``lost`` for those that never came back.
     """
 
@@ -105,6 +106,7 @@ class Tally:
     confirmed: int = 0
     failed: int = 0
     waiting: int = 0
+    vanished: int = 0
     away: int = 0
     faults: Mapping[str, int] = field(default_factory=dict)
 

@@ -9,9 +9,9 @@
 
 Who is in a step: the devices that are known to run models and whose ``federation.wire.release.draw`` is below the share, and
 whoever has reported on the release. A step went well when it lasted ``step_s``, enough devices have confirmed it, and nobody
-who is online still owes an answer. A device that began to test or to run the release, went offline and stays away for
-``give_up_s`` counts as failed: a model that takes its device down leaves nobody to report it. One that never began is
-only not waited for.
+who is online still owes an answer. A device that began to test or to run the release and went offline is waited for, and
+counts as failed when it stays away for ``give_up_s``: a model that takes its device down leaves nobody to report it. One
+that never began is only not waited for.
 
 Nothing is widened while the link to the broker is down, nor right after it is up: reports are retained, and those that came
 meanwhile must be heard first. Time is monotonic seconds. What must survive a restart is :class:`CanaryRecord` and the
@@ -172,12 +172,8 @@ class Rollouts:
             for agent, since in self._offline_since.items()
             if agent in canary.standings and canary.standings[agent].state in BEGUN
         )
-        moments = (
-            canary.began + self.config.step_s,
-            canary.began + self.config.give_up_s,
-            self._heard_at,
-            *lost,
-        )
+        lasted = max(canary.began + self.config.step_s, self._heard_at)
+        moments = (lasted, canary.began + self.config.give_up_s, *lost)
         return min((at for at in moments if at > self._now), default=None)
 
     def in_step(self) -> set[str]:
@@ -207,11 +203,13 @@ class Rollouts:
                 faults[standing.fault.value if standing.fault else standing.state.value] += 1
             elif offline_since is None:
                 counts["waiting"] += 1
-            elif state in BEGUN and now >= offline_since + self.config.give_up_s:
+            elif state not in BEGUN:
+                counts["away"] += 1
+            elif now < offline_since + self.config.give_up_s:
+                counts["vanished"] += 1
+            else:
                 counts["failed"] += 1
                 faults["lost"] += 1
-            else:
-                counts["away"] += 1
         return Tally(devices=len(agents), faults=dict(faults), **counts)
 
     # --- what happens -----------------------------------------------------------------------------------------------
@@ -297,7 +295,7 @@ class Rollouts:
         tally = self.tally(now)
         given_up = now >= canary.began + self.config.give_up_s
         lasted = now >= max(canary.began + self.config.step_s, self._heard_at)
-        complete = lasted and (given_up or tally.waiting == 0)
+        complete = lasted and not tally.vanished and (given_up or not tally.waiting)
         halted = self._halt_if_needed(tally, complete=complete)
         if halted or not complete:
             return halted
