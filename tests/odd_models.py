@@ -7,7 +7,7 @@ import onnx
 from linear_model import LABELS, SIDE, card
 from onnx import NodeProto, TensorProto, helper, numpy_helper
 
-HUGE_BYTES = 400 * 2**20
+HUGE_BYTES = 192 * 2**20
 
 
 def make_odd(folder: Path, nodes: list[NodeProto], **constants: np.ndarray) -> Path:
@@ -37,7 +37,7 @@ def make_odd(folder: Path, nodes: list[NodeProto], **constants: np.ndarray) -> P
 
 
 def huge_when_it_runs(folder: Path) -> Path:
-    """Spreads one number over 400 MiB."""
+    """Spreads one number over 192 MiB."""
     return make_odd(
         folder,
         [
@@ -50,7 +50,7 @@ def huge_when_it_runs(folder: Path) -> Path:
 
 
 def huge_when_it_is_loaded(folder: Path) -> Path:
-    """A constant of 400 MiB that onnxruntime computes ahead."""
+    """A constant of 192 MiB that onnxruntime computes ahead."""
     return make_odd(
         folder,
         [

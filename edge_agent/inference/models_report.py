@@ -141,7 +141,7 @@ def take_out(folder: Path, which: str) -> str:
     quarantine = Quarantine(folder, time.time)
     records = quarantine.all()
     meant = [one for one in records if which.isdecimal() and one.number == int(which)]
-    meant = meant or [one for one in records if one.sha256.startswith(which)]
+    meant = meant or [one for one in records if which and one.sha256.startswith(which)]
     if len(meant) != 1:
         known = ", ".join(_name(one) for one in records) or "nothing"
         many = "nothing" if not meant else f"{len(meant)} models"

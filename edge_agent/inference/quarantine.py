@@ -9,7 +9,7 @@ import structlog
 from msgspec import Meta, Struct
 
 from edge_agent.inference.parts import remove
-from edge_agent.inference.slot_files import QUARANTINE, entries
+from edge_agent.inference.slot_files import DAMAGED, QUARANTINE, entries
 from federation.errors import ConfigError, ReleaseFault
 from federation.files import write_whole
 from federation.wire.fields import NonNegative, Sha256, Text
@@ -70,7 +70,7 @@ class Quarantine:
             return msgspec.json.decode(path.read_bytes(), type=Quarantined)
         except FileNotFoundError:
             return None
-        except (OSError, msgspec.DecodeError) as error:
+        except (OSError, *DAMAGED) as error:
             detail = f"{path} cannot be read: {error}"[:_MAX_DETAIL]
             return Quarantined(
                 sha256=sha256, number=None, fault=ReleaseFault.QUARANTINED, detail=detail, time=0

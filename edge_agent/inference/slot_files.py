@@ -28,6 +28,9 @@ CURRENT, PREVIOUS = "current", "previous"
 TRIAL_FILE = "trial.json"
 LOCK_FILE = "lock"
 
+DAMAGED = (msgspec.DecodeError, UnicodeDecodeError, RecursionError)
+"""What msgspec raises for JSON that is none."""
+
 
 @dataclass(frozen=True, slots=True)
 class Slot:
@@ -126,7 +129,7 @@ def read_trial(root: Path) -> Trial | None:
     """The probation that is going on, or None; a damaged record is none."""
     try:
         return msgspec.json.decode((root / TRIAL_FILE).read_bytes(), type=Trial)
-    except (FileNotFoundError, msgspec.DecodeError):
+    except (FileNotFoundError, *DAMAGED):
         return None
 
 

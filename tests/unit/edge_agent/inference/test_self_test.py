@@ -24,8 +24,8 @@ from federation.task.engine import Engine
 from federation.task.golden import Golden, write_golden
 
 FRAMES = tuple(np.full((6, 9), grey, np.uint8) for grey in (0, 255))
-ROOMY_MB = 384
-"""Enough for Python, onnxruntime and a tiny model, and less than the 400 MiB that some models take."""
+ROOMY_MB = 160
+"""Enough for Python, onnxruntime and a tiny model, and less than the 192 MiB that some models take."""
 
 
 def add_golden(folder: Path, model: Path) -> None:
