@@ -1,39 +1,38 @@
 """``aggregator``: serve a federation, enrol devices, look at what happened."""
 
 import signal
-import tomllib
-from collections.abc import Mapping
 from pathlib import Path
-from typing import Annotated, Any, NoReturn
+from typing import Annotated, NoReturn
 
-import msgspec
 import typer
 
-from aggregator.config import SECRETS, AggregatorConfig
+from aggregator.config import AggregatorConfig
+from aggregator.options import (
+    ConfigOption,
+    FederationOption,
+    SetOption,
+    StateOption,
+    last_served,
+    parse_settings,
+    read_settings,
+    served_config,
+    without_secrets,
+)
 from federation import __version__
 from federation.bundle import write_bundle
 from federation.cli import new_app, run
-from federation.config import load, to_toml
+from federation.config import to_toml
 from federation.errors import ConfigError
 from federation.files import write_whole
 from federation.logs import LogFormat, configure
 
 app = new_app("Serve a federation: rounds over MQTT, averaging, checkpoints.")
 
-ConfigOption = Annotated[
-    Path | None, typer.Option("--config", "-c", help="TOML file; `aggregator init` writes one.")
-]
-StateOption = Annotated[str | None, typer.Option("--state", help="State folder (state_dir).")]
-FederationOption = Annotated[str | None, typer.Option("--federation", help="Name of the federation.")]
 BrokerOption = Annotated[
     str | None, typer.Option("--broker", help="`embedded`, mqtt://HOST or mqtts://HOST (broker.url).")
 ]
 ListenOption = Annotated[
     str | None, typer.Option("--listen", help="Where the embedded broker listens, ADDRESS:PORT.")
-]
-SetOption = Annotated[
-    list[str] | None,
-    typer.Option("--set", metavar="KEY=VALUE", help="Any other setting, e.g. --set rounds.quorum=0.7"),
 ]
 LevelOption = Annotated[str, typer.Option("--log-level", help="debug, info, warning or error.")]
 FormatOption = Annotated[
@@ -56,7 +55,7 @@ def init(
 @app.command()
 def config(file: ConfigOption = None, settings: SetOption = None) -> None:
     """Print the settings in effect, as TOML. Secrets are not shown."""
-    effective = _settings(file, parse_settings(settings))
+    effective = read_settings(file, parse_settings(settings))
     typer.echo(to_toml(without_secrets(effective)), nl=False)
 
 
@@ -129,7 +128,7 @@ def serve(
         "train.learning_rate": learning_rate,
         **parse_settings(settings),
     }
-    effective = _settings(file, flags)
+    effective = read_settings(file, flags)
     with prepared(effective) as ready:
         write_whole(served_config(effective.state_dir), to_toml(without_secrets(effective)).encode())
         service = Service(effective, ready.store, ready.enrolment, ready.task, ready.address)
@@ -172,7 +171,7 @@ def enroll(
         "broker.advertise": advertise,
         **parse_settings(settings),
     }
-    effective = _settings(file or _served(state), flags)
+    effective = read_settings(file or last_served(state), flags)
     target = output or Path(f"{name}.bundle.json")
     if target.exists() and not replace:
         raise ConfigError(f"{target} exists; use --replace, or -o for another file")
@@ -208,7 +207,7 @@ def revoke(
     from aggregator.enrolment import Enrolment
 
     flags = {"federation": federation, "state_dir": state}
-    effective = _settings(file or _served(state), flags)
+    effective = read_settings(file or last_served(state), flags)
     Enrolment(Path(effective.state_dir), effective.federation).revoke(name)
     reload_running(Path(effective.state_dir))
     typer.echo(f"{name} is revoked: nothing that it signs counts any more")
@@ -226,7 +225,7 @@ def roster(
     from federation.roster import write_roster
 
     flags = {"federation": federation, "state_dir": state}
-    effective = _settings(file or _served(state), flags)
+    effective = read_settings(file or last_served(state), flags)
     keys = Enrolment(Path(effective.state_dir), effective.federation).agents()
     write_roster(path, effective.federation, {name: bytes.fromhex(key) for name, key in keys.items()})
     typer.echo(
@@ -247,7 +246,7 @@ def new_run(
     """
     from aggregator.store import Store
 
-    with Store(state or Path(_settings(file, {}).state_dir)) as store:
+    with Store(state or Path(read_settings(file, {}).state_dir)) as store:
         store.lock()
         store.begin_run()
         store.sweep()
@@ -266,7 +265,7 @@ def status(
     from aggregator.status import collect
     from aggregator.status_view import render
 
-    folder = state or Path(_settings(file, {}).state_dir)
+    folder = state or Path(read_settings(file, {}).state_dir)
     report = collect(folder)
     typer.echo(report.to_json() if as_json else render(report), nl=not as_json)
 
@@ -300,50 +299,6 @@ def root(
     if version:
         typer.echo(__version__)
         raise typer.Exit
-
-
-def parse_settings(settings: list[str] | None) -> dict[str, object]:
-    """Read ``--set KEY=VALUE``: the value is TOML, or else a plain string.
-
-    Raises:
-        ConfigError: If there is no ``=``.
-    """
-    parsed: dict[str, object] = {}
-    for setting in settings or []:
-        key, separator, text = setting.partition("=")
-        if not separator:
-            raise ConfigError(f"--set {setting!r}: write it as KEY=VALUE")
-        try:
-            value: Any = tomllib.loads(f"value = {text}")["value"]
-        except tomllib.TOMLDecodeError:
-            value = text
-        parsed[key.strip()] = value
-    return parsed
-
-
-def without_secrets(effective: AggregatorConfig) -> AggregatorConfig:
-    """The settings as they may be shown or written to a file: a password must come from the environment again."""
-    return msgspec.structs.replace(effective, broker=msgspec.structs.replace(effective.broker, password=""))
-
-
-def served_config(state_dir: str) -> Path:
-    """Where ``serve`` leaves its settings, so that ``enroll`` in another terminal agrees with it without flags."""
-    return Path(state_dir) / "served.toml"
-
-
-def _settings(file: Path | None, flags: Mapping[str, object]) -> AggregatorConfig:
-    return load(
-        AggregatorConfig,
-        file=file,
-        secrets=SECRETS,
-        flags=flags,
-        missing=f"check --config, or let `aggregator init {file}` write it",
-    )
-
-
-def _served(state_dir: str | None) -> Path | None:
-    path = served_config(state_dir or AggregatorConfig().state_dir)
-    return path if path.exists() else None
 
 
 def main() -> NoReturn:

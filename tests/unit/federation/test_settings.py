@@ -8,8 +8,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from aggregator.cli import parse_settings, without_secrets
 from aggregator.config import SECRETS, AggregatorConfig, BrokerConfig, RoundsConfig, TaskConfig
+from aggregator.options import parse_settings, without_secrets
 from federation.config import describe, load, to_toml
 from federation.errors import ConfigError
 from federation.logs import configure
