@@ -21,6 +21,9 @@ OTHER: dict[str, Any] = {
     "task.labels": ["a", "b"],
     "train.optimizer": "adam",
     "train.momentum": 0.125,
+    "release.format": "fp16",
+    "release.preprocess": "none",
+    "release.widen": 2.5,
 }
 """Values that a rule for all settings of a type would not find."""
 
