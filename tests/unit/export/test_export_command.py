@@ -61,8 +61,6 @@ def test_a_state_folder_gives_its_newest_round(tmp_path: Path, state: Path) -> N
         (("state", "-o", "model.onnx"), 2, "name a folder"),
         (("state", "--int8"), 2, "--data"),
         (("state", "--int8", "--half"), 2, "a model has one"),
-        (("state", "--imgsz", "16"), 2, "fully convolutional"),
-        (("state", "--data", "nowhere"), 2, "unknown data"),
     ],
 )
 def test_what_is_wrong_is_said_and_nothing_is_written(
