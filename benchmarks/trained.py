@@ -81,7 +81,7 @@ PHOTO_SIDE = 224
 RECIPES = {
     "cnn": Recipe("mnist", "mnist:{}", (Stage(28, 60_000, 3, 0.05),)),
     "mobilenet_v3_small": Recipe(
-        "cifar10", "imagefolder:{}", (Stage(64, 10_000, 12, 0.05), Stage(PHOTO_SIDE, 2_000, 2, 0.02))
+        "cifar10", "imagefolder:{}", (Stage(64, 10_000, 12, 0.05), Stage(PHOTO_SIDE, 4_000, 2, 0.02))
     ),
     "resnet18": Recipe(
         "cifar10", "imagefolder:{}", (Stage(64, 10_000, 6, 0.05), Stage(PHOTO_SIDE, 1_500, 2, 0.02))

@@ -19,6 +19,7 @@ from typing import IO, Self, TypeVar
 import msgspec
 import numpy as np
 from msgspec import Struct
+from msgspec.structs import replace
 
 from export.benchmark_messages import Answer, Burst, Failed, Latencies, Load, Loaded, Request, Score, Scored
 from federation.errors import ConfigError, ExitCode, VerificationError
@@ -110,12 +111,21 @@ def benchmark(
         ConfigError: If a model or the data cannot be used.
         VerificationError: If a model fails, or its process ends.
     """
+    requests = [Load(path=str(_model_file(path)), threads=threads, frame=frame) for path in models]
+    rows = side_by_side(requests, data=data, limit=limit, seconds=seconds)
+    return [replace(row, file=str(path)) for row, path in zip(rows, models, strict=True)]
+
+
+def side_by_side(requests: Sequence[Load], *, data: str | None, limit: int, seconds: float) -> list[Row]:
+    """As :func:`benchmark`, for files that are there.
+
+    Raises:
+        ConfigError: If a model or the data cannot be used.
+        VerificationError: If a model fails, or its process ends.
+    """
     with ExitStack() as stack:
-        workers = [stack.enter_context(_Worker(path)) for path in models]
-        loaded = [
-            worker.ask(Load(path=str(worker.path), threads=threads, frame=frame), Loaded)
-            for worker in workers
-        ]
+        workers = [stack.enter_context(_Worker(request.path)) for request in requests]
+        loaded = [worker.ask(request, Loaded) for worker, request in zip(workers, requests, strict=True)]
         bursts = [
             [worker.ask(Burst(seconds=seconds / BURSTS), Latencies) for worker in workers]
             for _ in range(BURSTS)
@@ -125,7 +135,7 @@ def benchmark(
             for worker in workers
         ]
     by_model = zip(*bursts, strict=True)
-    return [_row(*each) for each in zip(models, loaded, by_model, scores, strict=True)]
+    return [_row(*each) for each in zip(requests, loaded, by_model, scores, strict=True)]
 
 
 def speedups(row: Row, eager: Row) -> list[float]:
@@ -167,8 +177,8 @@ def table(rows: Sequence[Row]) -> str:
 class _Worker:
     """A process with one model; a context manager."""
 
-    def __init__(self, path: Path) -> None:
-        self.path = _model_file(path)
+    def __init__(self, path: str) -> None:
+        self.path = path
         self._stderr = tempfile.TemporaryFile()  # noqa: SIM115 - closed by __exit__
         self._process = subprocess.Popen(
             [sys.executable, "-m", "export.benchmark_worker"],
@@ -241,12 +251,12 @@ def _model_file(path: Path) -> Path:
     return path
 
 
-def _row(file: Path, loaded: Loaded, bursts: Sequence[Latencies], scored: Scored) -> Row:
+def _row(request: Load, loaded: Loaded, bursts: Sequence[Latencies], scored: Scored) -> Row:
     middles = tuple(median(burst.whole) for burst in bursts)
     model_middles = tuple(median(burst.model) for burst in bursts)
     whole = np.concatenate([burst.whole for burst in bursts])
     return Row(
-        file=str(file),
+        file=request.path,
         runtime=loaded.runtime,
         format=loaded.format,
         model=loaded.model,

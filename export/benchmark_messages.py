@@ -10,11 +10,13 @@ class Load(Struct, frozen=True, kw_only=True, tag=True):
         path: An ONNX file, or a checkpoint.
         threads: CPU threads.
         frame: Height and width of the frames to measure with; None takes the model's own size if it is grey, else a camera's.
+        tuned: Of a checkpoint: prepare frames by hand instead of with torchvision's transforms.
     """
 
     path: str
     threads: int
     frame: tuple[int, int] | None
+    tuned: bool = False
 
 
 class Burst(Struct, frozen=True, kw_only=True, tag=True):

@@ -55,12 +55,13 @@ class Subject(Protocol):
 class _Exported:
     """An ONNX file in onnxruntime, as a device runs it."""
 
-    def __init__(self, path: Path, threads: int, frame: tuple[int, int] | None) -> None:
+    def __init__(self, request: Load) -> None:
         import onnxruntime as ort
 
         from federation.task.engine import Engine
 
-        self._engine = Engine(path, threads=threads, top=1)
+        path = Path(request.path)
+        self._engine = Engine(path, threads=request.threads, top=1)
         card = self._engine.card
         recipe = card.preprocessing
         self.task = TaskSpec(
@@ -74,7 +75,11 @@ class _Exported:
         )
         fused = " fused" if card.preprocess == "fused" else ""
         self.loaded = _loaded(
-            path, f"onnxruntime {ort.__version__}", f"{card.provenance.weights}{fused}", self.task, frame
+            path,
+            f"onnxruntime {ort.__version__}",
+            f"{card.provenance.weights}{fused}",
+            self.task,
+            request.frame,
         )
 
     def label(self, picture: np.ndarray) -> str:
@@ -87,16 +92,23 @@ class _Exported:
 class _Eager:
     """A checkpoint in PyTorch."""
 
-    def __init__(self, path: Path, threads: int, frame: tuple[int, int] | None) -> None:
+    def __init__(self, request: Load) -> None:
         import torch
 
         from export.eager import Eager
 
-        self._eager = Eager(path, threads=threads)
+        path = Path(request.path)
+        self._eager = Eager(path, threads=request.threads, tuned=request.tuned)
         self.task = self._eager.task
         self._inputs = np.zeros((1, self.task.channels, self.task.height, self.task.width), np.float32)
         version = torch.__version__.partition("+")[0]
-        self.loaded = _loaded(path, f"torch {version} eager", "fp32", self.task, frame)
+        self.loaded = _loaded(
+            path,
+            f"torch {version}{' by hand' if request.tuned else ' eager'}",
+            "fp32",
+            self.task,
+            request.frame,
+        )
 
     def label(self, picture: np.ndarray) -> str:
         return self._eager.label(picture)
@@ -141,9 +153,8 @@ class Worker:
                 return self._score(data, limit)
 
     def _load(self, request: Load) -> Loaded:
-        path = Path(request.path)
-        kind = _Eager if path.suffix == CHECKPOINT_SUFFIX else _Exported
-        subject: Subject = kind(path, request.threads, request.frame)
+        kind = _Eager if request.path.endswith(CHECKPOINT_SUFFIX) else _Exported
+        subject: Subject = kind(request)
         height, width, channels = subject.loaded.frame
         shape = (height, width) if channels == _GREY else (height, width, channels)
         self._frame = np.random.default_rng(_SEED).integers(0, 256, shape, dtype=np.uint8)
