@@ -18,6 +18,7 @@ from aggregator.options import (
     served_config,
     without_secrets,
 )
+from aggregator.release_commands import release, release_key, releases, rollback
 from federation import __version__
 from federation.bundle import write_bundle
 from federation.cli import new_app, run
@@ -26,7 +27,12 @@ from federation.errors import ConfigError
 from federation.files import write_whole
 from federation.logs import LogFormat, configure
 
-app = new_app("Serve a federation: rounds over MQTT, averaging, checkpoints.")
+app = new_app("Serve a federation: rounds over MQTT, averaging, checkpoints, releases.")
+
+app.command()(release)
+app.command()(rollback)
+app.command()(releases)
+app.command("release-key")(release_key)
 
 BrokerOption = Annotated[
     str | None, typer.Option("--broker", help="`embedded`, mqtt://HOST or mqtts://HOST (broker.url).")

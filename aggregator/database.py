@@ -63,6 +63,10 @@ CREATE INDEX IF NOT EXISTS refusals_by_code ON refusals (code);
 """
 
 
+_GLANCE_S = 0.2
+"""For how long a server that starts may find the lock taken by somebody who only looks whether one runs."""
+
+
 class Database:
     """SQLite in WAL mode in one federation's state folder.
 
@@ -131,14 +135,25 @@ class Database:
             ConfigError: If another process does.
         """
         handle = os.open(self.folder / "lock", os.O_RDWR | os.O_CREAT, 0o600)
-        try:
-            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            os.close(handle)
-            raise ConfigError(
-                f"another aggregator is serving {self.folder}; stop it first, or use another state_dir"
-            ) from None
+        deadline = time.monotonic() + _GLANCE_S
+        while not _locks(handle, fcntl.LOCK_EX):
+            if time.monotonic() >= deadline:
+                os.close(handle)
+                raise ConfigError(
+                    f"another aggregator is serving {self.folder}; stop it first, or use another state_dir"
+                )
+            time.sleep(_GLANCE_S / 10)
         self._lock_file = handle
+
+    def served(self) -> bool:
+        """Whether a process, another one or this, serves this folder now."""
+        if self._lock_file is not None:
+            return True
+        handle = os.open(self.folder / "lock", os.O_RDWR | os.O_CREAT, 0o600)
+        try:
+            return not _locks(handle, fcntl.LOCK_SH)
+        finally:
+            os.close(handle)
 
     def close(self) -> None:
         """Release the database and the lock."""
@@ -205,3 +220,11 @@ class Database:
     def read(self, query: str, parameters: tuple[object, ...] = ()) -> sqlite3.Cursor:
         """Run a query that changes nothing."""
         return self._db.execute(query, parameters)
+
+
+def _locks(handle: int, kind: int) -> bool:
+    try:
+        fcntl.flock(handle, kind | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    return True
