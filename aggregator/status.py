@@ -9,6 +9,12 @@ import msgspec
 from aggregator.central_report import ClientPrivacy, client_privacy
 from aggregator.masked_noise import DistributedPrivacy, distributed_privacy
 from aggregator.masking_machine import standing
+from aggregator.release_status import (
+    FollowerStatus,
+    ReleaseStatus,
+    follower_statuses,
+    release_statuses,
+)
 from aggregator.spending import StoredSpent, last_spent
 from aggregator.store import Store
 from aggregator.traffic import StoredTraffic, TrafficLog
@@ -71,6 +77,8 @@ class Report(msgspec.Struct, frozen=True):
         declines: The newest, with code and reason.
         client_privacy: What was spent of the run's budget; None without client-level privacy.
         distributed_privacy: The same for noise that the devices add together.
+        releases: All, oldest first.
+        followers: Devices that run models.
     """
 
     federation: str
@@ -82,6 +90,8 @@ class Report(msgspec.Struct, frozen=True):
     declines: list[dict[str, Any]] = []
     client_privacy: ClientPrivacy | None = None
     distributed_privacy: DistributedPrivacy | None = None
+    releases: list[ReleaseStatus] = []
+    followers: list[FollowerStatus] = []
 
     def to_json(self) -> str:
         """One JSON object, indented, with a newline."""
@@ -167,6 +177,8 @@ def collect(folder: Path) -> Report:
             declines=declines,
             client_privacy=client_privacy(store),
             distributed_privacy=distributed_privacy(store),
+            releases=release_statuses(store),
+            followers=follower_statuses(store),
         )
 
 

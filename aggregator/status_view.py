@@ -1,18 +1,20 @@
 """The state of a federation for a terminal."""
 
 import time
-from collections.abc import Sequence
 from typing import Any
 
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from aggregator.release_tables import followers_table, releases_table
 from aggregator.status import Report, RoundStatus
+from aggregator.tables import foreign, make_table, number_text
 from federation.wire.messages import Traffic
 
 ROUNDS_SHOWN = 12
 REFUSALS_SHOWN = 8
+RELEASES_SHOWN = 8
 NAMES_SHOWN = 3
 
 
@@ -26,17 +28,21 @@ def render(report: Report) -> str:
             if spent is not None:
                 console.print(spent.to_text(), soft_wrap=True)
         console.print(agents_table(report.agents))
+        if report.releases:
+            console.print(releases_table(report.releases[-RELEASES_SHOWN:]))
+        if report.followers:
+            console.print(followers_table(report.followers))
         if report.refusals:
             counts = ", ".join(f"{code} {count}" for code, count in report.refusal_counts.items())
             console.print(f"refused: {counts}; the newest:")
             for row in report.refusals[:REFUSALS_SHOWN]:
                 text = f"  round {row['round']}  {row['agent']}  {row['code']}: {row['detail']}"
-                console.print(_foreign(text))
+                console.print(foreign(text))
         if report.declines:
             console.print("declined by agents, the newest:")
             for row in report.declines[:REFUSALS_SHOWN]:
                 text = f"  round {row['round']}  {row['agent']}  {row['code']}: {row['reason']}"
-                console.print(_foreign(text))
+                console.print(foreign(text))
     return capture.get().rstrip("\n")
 
 
@@ -57,15 +63,15 @@ def rounds_table(rounds: list[RoundStatus]) -> Table:
                 str(row.round),
                 phase,
                 f"{row.delivered}/{row.cohort}",
-                _number(row.seconds, ".1f"),
-                _number(row.train_s or None, ".1f"),
+                number_text(row.seconds, ".1f"),
+                number_text(row.train_s or None, ".1f"),
                 f"{row.bytes_up / 1000:,.0f}",
                 _both(row.agents_moved, 1e3, ",.0f"),
-                _number(row.loss, ".4f"),
-                _number(row.accuracy, ".2%"),
+                number_text(row.loss, ".4f"),
+                number_text(row.accuracy, ".2%"),
             )
         )
-    return _table(headings, cells)
+    return make_table(headings, cells)
 
 
 def agents_table(agents: list[dict[str, Any]]) -> Table:
@@ -83,27 +89,18 @@ def agents_table(agents: list[dict[str, Any]]) -> Table:
                 row["agent"],
                 "online" if row["online"] else "offline",
                 _age(time.time() - row["changed_at"]),
-                _foreign(able.get("device", "")),
+                foreign(able.get("device", "")),
                 str(able.get("samples", "")),
-                _number(health.get("process_mb"), ".0f"),
-                _number(health.get("cpu_percent"), ".0f"),
-                _number(health.get("temperature_c"), ".0f"),
+                number_text(health.get("process_mb"), ".0f"),
+                number_text(health.get("cpu_percent"), ".0f"),
+                number_text(health.get("temperature_c"), ".0f"),
                 "" if last is None else _both(Traffic(**last), 1e3, ",.0f"),
                 "" if total is None else _both(Traffic(**total), 1e6, ",.1f"),
                 _epsilon(row["spent"]),
                 _doing(health, row["upload"]) if row["online"] else "",
             )
         )
-    return _table(headings, cells)
-
-
-def _table(headings: Sequence[str], rows: Sequence[Sequence[str | Text]]) -> Table:
-    """A table without the columns in which nothing stands: a terminal is narrow."""
-    filled = [column for column in range(len(headings)) if not rows or any(str(row[column]) for row in rows)]
-    table = Table(*(headings[column] for column in filled), box=None, pad_edge=False)
-    for row in rows:
-        table.add_row(*(row[column] for column in filled))
-    return table
+    return make_table(headings, cells)
 
 
 def _epsilon(spent: dict[str, Any] | None) -> str:
@@ -113,7 +110,7 @@ def _epsilon(spent: dict[str, Any] | None) -> str:
 
 
 def _doing(health: dict[str, Any], upload: dict[str, Any] | None) -> Text:
-    phase = _foreign(health.get("phase", ""))
+    phase = foreign(health.get("phase", ""))
     if upload is not None:
         return phase.append(f" {upload['received']}/{upload['total']} chunks")
     share = health.get("progress")
@@ -125,15 +122,6 @@ def _both(moved: Traffic, unit: float, form: str) -> str:
     if moved == Traffic():
         return ""
     return f"{moved.sent_bytes / unit:{form}}/{moved.received_bytes / unit:{form}}"
-
-
-def _number(value: float | None, form: str) -> str:
-    return "" if value is None else format(value, form)
-
-
-def _foreign(text: str) -> Text:
-    """What a device wrote, without the markup and the terminal commands that it may hold."""
-    return Text("".join(sign if sign.isprintable() else "?" for sign in text))
 
 
 def _age(seconds: float) -> str:
