@@ -35,7 +35,7 @@ class InferenceConfig(Table, frozen=True):
         source: "0" (a camera's number), "picamera", "rtsp://...", a video, a picture, a folder, or "-" for paths on stdin; empty: `run` infers nothing.
         model: "current" for the release that the aggregator rolls out, or an ONNX file of your own.
         channel: "stable" takes releases when their turn comes; "canary" is among the first.
-        fps: Frames a second to label, at most; 0 is as fast as the source and the model allow.
+        fps: Frames a second to take from a camera or a stream, at most; 0 is as fast as it and the model allow. Files keep to a pace only if it is given as a flag.
         threads: CPU threads for the model.
         top: Classes in a prediction.
         publish: "mqtt" sends predictions to the broker; empty does not.

@@ -188,9 +188,9 @@ class PiCamera(Camera):
     def __init__(self, fps: float) -> None:
         try:
             from picamera2 import Picamera2
-        except ModuleNotFoundError as error:
+        except ImportError as error:
             raise ConfigError(
-                "--source picamera needs picamera2, which comes with Raspberry Pi OS: sudo apt install python3-picamera2, "
+                f"--source picamera needs picamera2 of Raspberry Pi OS ({error}): sudo apt install python3-picamera2, "
                 "and make the virtual environment with --system-site-packages"
             ) from error
         self._make = Picamera2

@@ -116,7 +116,7 @@ def infer(
     from edge_agent.inference.loop import InferenceLoop
     from edge_agent.watchdog import Notifier
 
-    feed = open_feed(chosen.source, fps=chosen.fps, file_fps=fps or 0, stdin=sys.stdin.fileno())
+    feed = open_feed(chosen.source, fps=chosen.fps, file_fps=fps or 0)
     with ExitStack() as stack:
         notifier = Notifier.from_environment()
         stack.callback(notifier.close)

@@ -100,7 +100,9 @@ class Pace:
         return self.delay_s(now) <= self._period_s / 2
 
     def took(self, now: float) -> None:
-        """A frame was taken: the next is due one period after this one was, not after it came."""
-        due = now if self._due is None else self._due
-        # After a pause there is no burst that makes up for it.
-        self._due = max(due + self._period_s, now)
+        """A frame was taken: the next is due one period after this one was, or came, if it came late.
+
+        So the rate is kept in spite of jitter, and no burst makes up for a pause.
+        """
+        late = self._due is None or now > self._due + self._period_s / 2
+        self._due = (now if late or self._due is None else self._due) + self._period_s

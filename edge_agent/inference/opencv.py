@@ -56,16 +56,16 @@ def opencv() -> Any:
     """The module ``cv2``, quiet and with one thread.
 
     Raises:
-        ConfigError: If it is not installed.
+        ConfigError: If it cannot be imported.
     """
     # FFmpeg writes URLs with their passwords to stderr, and whatever it thinks of each frame. Read at import.
     os.environ.setdefault("OPENCV_FFMPEG_LOGLEVEL", "-8")
     os.environ.setdefault("OPENCV_LOG_LEVEL", "SILENT")
     try:
         import cv2
-    except ModuleNotFoundError as error:
+    except ImportError as error:  # not there, or without a library that it needs
         raise ConfigError(
-            "cameras, streams and videos need OpenCV, which is not installed: pip install 'fedge[camera]'"
+            f"cameras, streams and videos need OpenCV ({error}): pip install 'fedge[camera]'"
         ) from error
     cv2.setNumThreads(1)
     return cv2

@@ -8,6 +8,9 @@ from edge_agent.inference.pictures import FolderFeed, StdinFeed
 from federation.errors import ConfigError
 
 STDIN = "-"
+STDIN_DESCRIPTOR = 0
+"""Not ``sys.stdin``'s, which is None for a process that was started without one, whatever its source."""
+
 PICAMERA = "picamera"
 
 VIDEO_SUFFIXES = frozenset(
@@ -28,7 +31,7 @@ def is_live(source: str) -> bool:
     )
 
 
-def open_feed(source: str, *, fps: float, file_fps: float, stdin: int) -> Feed:
+def open_feed(source: str, *, fps: float, file_fps: float, stdin: int = STDIN_DESCRIPTOR) -> Feed:
     """Make the feed for a source. Nothing of a camera is touched before the feed is started.
 
     Args:

@@ -1,6 +1,7 @@
 """``edge-agent infer`` as a process in front of a network camera, a video, a broker: what it says, survives and ends with."""
 
 import json
+import shlex
 import signal
 import subprocess
 import sys
@@ -154,6 +155,33 @@ def test_a_video_is_labelled_frame_by_frame_to_its_end(tmp_path: Path, video: Pa
     assert [frame["source"] for frame in frames] == [f"{video} #{number}" for number in range(1, 21)]
     assert [frame["label"] for frame in frames] == ["bright"] * 10 + ["dark"] * 10
     assert (end["summary"]["images"], end["summary"]["dropped"]) == (20, 0)
+
+
+def test_a_video_that_was_cut_off_ends_where_it_was(tmp_path: Path, video: Path) -> None:
+    whole = video.read_bytes()
+    video.write_bytes(whole[: len(whole) * 3 // 4])
+    done = run_command(
+        "edge_agent.cli", "infer", "--model", make_model(tmp_path), "--source", video, "--json"
+    )
+    assert (done.returncode, done.stderr) == (0, "")
+    end = json.loads(done.stdout.splitlines()[-1])
+    assert 0 < end["summary"]["images"] < 20
+
+
+def test_a_process_without_stdin_reads_files(tmp_path: Path) -> None:
+    Image.new("L", (8, 8)).save(tmp_path / "a.png")
+    command = shlex.join(
+        [sys.executable, "-m", "edge_agent.cli", "infer", "--model", str(make_model(tmp_path))]
+    )
+    done = subprocess.run(
+        ["sh", "-c", f"exec {command} --source {shlex.quote(str(tmp_path))} <&-"],
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=120,
+    )
+    assert (done.returncode, done.stderr) == (0, "")
+    assert "1 image" in done.stdout
 
 
 def test_a_folder_keeps_the_pace_that_was_asked_for_and_ends_at_a_signal(

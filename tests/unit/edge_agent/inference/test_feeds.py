@@ -61,7 +61,6 @@ def test_a_pause_is_not_made_up_for() -> None:
     pace = Pace(10)
     pace.took(0.0)
     pace.took(60.0)
-    pace.took(60.0)
     assert pace.delay_s(60.0) == pytest.approx(0.1)
 
 
