@@ -2,6 +2,7 @@
 
 import contextlib
 import getpass
+import os
 import signal
 import socket
 import subprocess
@@ -92,6 +93,11 @@ class Client:
                 return item
         raise AssertionError(f"never: {what}; heard {self.heard}")
 
+    def drain(self) -> None:
+        """Take all that has come, without waiting."""
+        while (item := self._inbox.get(0)) is not None:
+            self.heard.append(item)
+
     def hears(self, topic: str, payload: bytes) -> Message:
         event = self.wait(
             lambda item: isinstance(item, Message) and (item.topic, item.payload) == (topic, payload), topic
@@ -104,12 +110,19 @@ class Client:
 
 
 class Served:
-    """A broker of either kind with its enrolment."""
+    """A broker of either kind with its enrolment; ``restart`` kills it with -9 and waits until it is back."""
 
-    def __init__(self, enrolment: Enrolment, url: str, reload: Callable[[], None]) -> None:
+    def __init__(
+        self,
+        enrolment: Enrolment,
+        url: str,
+        reload: Callable[[], None],
+        restart: Callable[[], None] = lambda: None,
+    ) -> None:
         self.enrolment = enrolment
         self.url = url
         self.reload = reload
+        self.restart = restart
         self._clients: list[Client] = []
 
     def enroll(self, name: str, *, again: bool = False) -> Bundle:
@@ -142,9 +155,17 @@ class Served:
 def nats_served(state: Path) -> Iterator[Served]:
     enrolment = Enrolment(state, "fleet")
     with EmbeddedBroker(enrolment, port=0) as broker:
-        served = Served(enrolment, broker.url, broker.reload)
+        served = Served(enrolment, broker.url, broker.reload, lambda: restart_embedded(broker))
         yield served
         served.close()
+
+
+def restart_embedded(broker: EmbeddedBroker) -> None:
+    """Kill -9; it comes back by itself."""
+    before = broker.pid
+    assert before is not None
+    os.kill(before, signal.SIGKILL)
+    until(lambda: broker.pid not in (None, before), timeout_s=DEADLINE_S, what="started again")
 
 
 class Mosquitto:
@@ -187,6 +208,11 @@ class Mosquitto:
         self._process.kill()
         self._process.wait(DEADLINE_S)
 
+    def restart(self) -> None:
+        """Kill -9 and start again."""
+        self.kill()
+        self.start()
+
     def stop(self) -> None:
         """End it, whatever state it is in."""
         if self._process is not None and self._process.poll() is None:
@@ -199,7 +225,7 @@ def mosquitto_served(state: Path) -> Iterator[Served]:
     broker = Mosquitto(state / MOSQUITTO_FOLDER, state)
     try:
         broker.start()
-        served = Served(enrolment, broker.url, broker.reload)
+        served = Served(enrolment, broker.url, broker.reload, broker.restart)
         yield served
         served.close()
     finally:

@@ -50,6 +50,12 @@ from federation.wire.release import Release
 CRASHES = 3
 """So many starts in one probation without an orderly stop between them are a crash loop."""
 
+LOCK_S = 2.0
+"""How long to wait for the lock. A process that is killed while it starts a self-test leaves the lock with its child until
+that child has become another program."""
+
+_LOCK_POLL_S = 0.02
+
 _log = structlog.get_logger()
 
 
@@ -316,13 +322,19 @@ class Slots:
         self.collect_garbage(0, self._fetching)
 
     def _take_lock(self) -> None:
-        try:
-            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
-            raise ConfigError(
-                f"another `edge-agent infer` or `edge-agent run` uses {self.folder}: stop it, or give this one its own "
-                "--state"
-            ) from error
+        deadline = time.monotonic() + LOCK_S
+        while True:
+            try:
+                fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError as error:
+                if time.monotonic() > deadline:
+                    raise ConfigError(
+                        f"another `edge-agent infer` or `edge-agent run` uses {self.folder}: stop it, or give this one "
+                        "its own --state"
+                    ) from error
+                time.sleep(_LOCK_POLL_S)
+            else:
+                return
 
     def _sweep(self) -> None:
         """Delete what a power cut in the middle of a write has left."""
