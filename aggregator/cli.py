@@ -1,5 +1,6 @@
 """``aggregator``: serve a federation, enrol devices, look at what happened."""
 
+import shlex
 import signal
 from pathlib import Path
 from typing import Annotated, NoReturn
@@ -110,6 +111,7 @@ def serve(
     log_format: FormatOption = "auto",
 ) -> None:
     """Serve until the run is finished, and with --stay its releases beyond that. Stop it at any moment: started again, it goes on with the same round."""
+    from aggregator.automatic_release import AutomaticRelease
     from aggregator.service import Service
     from aggregator.startup import prepared
 
@@ -137,12 +139,21 @@ def serve(
     effective = read_settings(file, flags)
     with prepared(effective) as ready:
         write_whole(served_config(effective.state_dir), to_toml(without_secrets(effective)).encode())
-        service = Service(effective, ready.store, ready.enrolment, ready.task, ready.address)
+        automatic = AutomaticRelease(effective) if effective.release.auto else None
+        service = Service(
+            effective, ready.store, ready.enrolment, ready.task, ready.address, make_release=automatic
+        )
+
+        def stop(*_: object) -> None:
+            service.stop()
+            if automatic is not None:
+                automatic.stop()
+
         for number in (signal.SIGTERM, signal.SIGINT):
-            signal.signal(number, lambda *_: service.stop())
+            signal.signal(number, stop)
         finished = service.run()
-    if finished:
-        typer.echo(f"next: model-export onnx {effective.state_dir}")
+    if finished and automatic is None:
+        typer.echo(f"next: aggregator release --state {shlex.quote(effective.state_dir)}")
 
 
 @app.command()

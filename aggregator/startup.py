@@ -106,6 +106,11 @@ def check(config: AggregatorConfig) -> None:
             raise ConfigError(
                 f"{key} is {value}, but there is nothing to measure accuracy on: set task.holdout"
             )
+    if config.release.auto and not (config.release.data or config.task.holdout):
+        raise ConfigError(
+            "release.auto is on, but there are no pictures to compare a model with the release before on: set release.data "
+            "or task.holdout"
+        )
 
 
 def settle_task(settings: AggregatorConfig, store: Store) -> TaskSpec:
