@@ -14,6 +14,7 @@ from export.report import as_json as as_json_text
 from export.report import describe
 from export.requirements import NEWEST_OPSET
 from export.tracing import DEFAULT_OPSET, OLDEST_OPSET
+from export.verify import verify
 from federation.cli import new_app, run
 from federation.errors import ConfigError
 from federation.task.checkpoint import find_checkpoint, read_info
@@ -23,6 +24,7 @@ from federation.wire.release import ModelFormat
 app = new_app("Bring a federation's model to devices.")
 
 app.command("benchmark")(benchmark)
+app.command("verify")(verify)
 
 
 @app.command()
