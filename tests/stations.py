@@ -30,7 +30,7 @@ from federation.wire.topics import Topics
 
 AGENT = "pi1"
 TOPICS = Topics("garden")
-DEADLINE_S = 60.0
+DEADLINE_S = 120.0
 FRAME_S = 0.004
 
 DEVICE_KEY = key_of("device")
