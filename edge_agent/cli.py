@@ -9,6 +9,7 @@ import typer
 from edge_agent.inference.command import infer
 from edge_agent.inference.models_command import models
 from edge_agent.places import default_state
+from edge_agent.service_command import install_service
 from federation import __version__
 from federation.cli import new_app, run
 from federation.errors import BudgetExhaustedError, ConfigError
@@ -20,6 +21,7 @@ if TYPE_CHECKING:
 
 app = new_app("Take part in a federation from a device: train where the data is, run the model there.")
 app.command("infer")(infer)
+app.command("install-service")(install_service)
 app.command("models")(models)
 
 BundleArgument = Annotated[

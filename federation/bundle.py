@@ -1,5 +1,6 @@
 """The one file that a device needs to join: its identity, the pinned aggregator, the broker and the account there."""
 
+import os
 from pathlib import Path
 from typing import Annotated
 
@@ -121,9 +122,15 @@ def read_bundle(path: Path) -> Bundle:
     except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
         raise ConfigError(f"{path} is not a bundle ({error}); {remedy}") from error
     address(bundle)
-    if mode & _OTHERS:
+    if mode & _OTHERS and not _handed_over(path):
         _log.warning("bundle_exposed", path=str(path), mode=oct(mode & 0o777), remedy=f"chmod 600 {path}")
     return bundle
+
+
+def _handed_over(path: Path) -> bool:
+    """Whether systemd has put it there for this process alone (LoadCredential=); its access list looks like group rights."""
+    folder = os.environ.get("CREDENTIALS_DIRECTORY")
+    return bool(folder) and path.parent == Path(str(folder))
 
 
 class _Format(Struct):

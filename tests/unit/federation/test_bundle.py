@@ -94,6 +94,22 @@ def test_a_bundle_that_others_can_read_is_used_with_a_warning(tmp_path: Path) ->
     assert [(entry["event"], entry["mode"]) for entry in logs] == [("bundle_exposed", "0o644")]
 
 
+def test_a_bundle_that_systemd_hands_over_is_not_exposed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = tmp_path / "b.json"
+    write_bundle(path, bundle())
+    path.chmod(0o440)  # what the access list of a credential looks like
+    monkeypatch.setenv("CREDENTIALS_DIRECTORY", str(tmp_path))
+    with capture_logs() as logs:
+        read_bundle(path)
+    assert logs == []
+    monkeypatch.setenv("CREDENTIALS_DIRECTORY", str(tmp_path / "other"))
+    with capture_logs() as logs:
+        read_bundle(path)
+    assert [entry["event"] for entry in logs] == ["bundle_exposed"]
+
+
 def test_certificates_for_a_broker_without_tls_are_refused() -> None:
     with pytest.raises(ConfigError, match="mqtts://"):
         address(bundle(ca_pem="-----BEGIN CERTIFICATE-----"))
