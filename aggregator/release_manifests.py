@@ -39,6 +39,9 @@ class ReleaseManifests:
         keys: Sign.
         expiry_days: Life of a manifest.
         link: To publish on.
+
+    Attributes:
+        held: Releases that are not announced yet, since the broker does not hold their objects.
     """
 
     def __init__(
@@ -49,7 +52,7 @@ class ReleaseManifests:
         self._repeat: dict[Channel, float] = {}
         has_any = any(store.channel(channel) is not None for channel in ORDER)
         self._look_due = -inf if has_any else 0.0
-        self._held: set[Channel] = set()
+        self.held: set[int] = set()
 
     @property
     def due(self) -> float:
@@ -58,8 +61,8 @@ class ReleaseManifests:
 
     @property
     def settled(self) -> bool:
-        """Whether everything has been said, and said again."""
-        return not self._held and not self._repeat and self._look_due != -inf
+        """Whether everything that can be said has been said, and said again."""
+        return not self._repeat and self._look_due != -inf
 
     def changed(self) -> None:
         """A channel may have something new to say, or its objects have arrived on the broker."""
@@ -82,6 +85,7 @@ class ReleaseManifests:
         if now >= self._look_due:
             self._look_due = now + LOOK_S
             pair = self._keys.pair()
+            self.held.clear()
             for channel in ORDER:
                 self._settle(channel, pair, now, present)
         for channel in [channel for channel, at in self._repeat.items() if now >= at]:
@@ -93,15 +97,15 @@ class ReleaseManifests:
         self, channel: Channel, pair: ReleaseKeyPair, now: float, present: Callable[[Release], bool]
     ) -> None:
         wanted, newest = self._store.channel(channel), self._store.manifest(channel)
-        self._held.discard(channel)
         if wanted is None:
             return
         stored = None if wanted.number is None else self._store.release(wanted.number)
         release = None if stored is None else stored.release
         if newest is not None and _says(newest.manifest, wanted, pair.successor) and not self._old(newest):
             return
-        if release is not None and not present(release):
-            self._held.add(channel)
+        named = None if newest is None else newest.manifest.release
+        if release is not None and release != named and not present(release):
+            self.held.add(release.number)
             return
         issued_at = time.time()
         manifest = Manifest(

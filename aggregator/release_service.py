@@ -117,7 +117,7 @@ class ReleaseService:
         self._lost_at: float | None = None
         self._wanted: frozenset[int] = frozenset()
         self._present: frozenset[int] = frozenset()
-        self._too_large: set[int] = set()
+        self._unfit: set[int] = set()
 
     # --- what the server tells it -------------------------------------------------------------------------------
 
@@ -125,6 +125,8 @@ class ReleaseService:
         """Go on from what the store knows; to be called before anything is seeded for a round."""
         known = self._releases.followers()
         followers = [agent for agent in known if self._enrolled.key_of(agent) is not None]
+        for agent in known.keys() - set(followers):  # revoked while no server ran
+            self._reception.forget(agent)
         channel = self._releases.channel(Channel.CANARY)
         record, reports = None, []
         if channel is not None and channel.number is not None:
@@ -205,7 +207,8 @@ class ReleaseService:
         """Whether something that was asked for has not been told to the devices yet, and still can be."""
         if self._after_run.busy:
             return True
-        if not self._releases.requests() and self._manifests.settled:
+        held = self._manifests.held - self._unfit
+        if not self._releases.requests() and not held and self._manifests.settled:
             return False
         if self._lost_at is None or now < self._lost_at + DRAIN_S:
             return True
@@ -297,25 +300,26 @@ class ReleaseService:
         before = None if stable is None else self._releases.before(stable)
         numbers = [stable, canary, None if before is None else before.number]
         rows = [self._releases.release(number) for number in numbers if number is not None]
-        return [row for row in rows if row is not None and row.on_disk and self._fits(row)]
+        return [row for row in rows if row is not None and self._fits(row)]
 
     def _fits(self, row: StoredRelease) -> bool:
-        """Whether the broker takes its chunks: they are cut once and for all when the release is made."""
-        if not self._connected:
-            return True
+        """Whether the broker can be given its objects. Their chunks are cut once and for all when the release is made."""
         largest, limit = max(ref.chunk_bytes for _, ref in row.objects), self._link.limits.largest_chunk
-        if largest <= limit:
-            self._too_large.discard(row.number)
+        if not row.on_disk:
+            reason = f"its files are not all in {row.folder}"
+        elif self._connected and largest > limit:
+            reason = f"it is cut into chunks of {largest} bytes, the broker takes {limit}: lower broker.chunk_bytes"
+        else:
+            self._unfit.discard(row.number)
             return True
-        if row.number not in self._too_large:
-            self._too_large.add(row.number)
+        if row.number not in self._unfit:
+            self._unfit.add(row.number)
             log.error(
-                "release_too_large",
+                "release_not_served",
                 release=row.number,
-                chunk_bytes=largest,
-                broker_takes=limit,
-                lost="devices cannot fetch it",
-                remedy="lower broker.chunk_bytes, and release anew",
+                reason=reason,
+                lost="devices that do not have it cannot fetch it",
+                remedy="release the model anew",
             )
         return False
 

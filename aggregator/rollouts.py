@@ -137,6 +137,7 @@ class Rollouts:
             What to do. Events that change nothing return nothing.
         """
         self._now = now
+        may_halt = True
         match event:
             case Released():
                 return self._released(event, now)
@@ -144,8 +145,10 @@ class Rollouts:
                 return self._rolled_back(number)
             case Reported():
                 self._keep(event)
+                may_halt = event.state in FAILED
             case FollowerSeen(agent, online):
                 self._seen(agent, now, online=online)
+                may_halt = False
             case FollowerGone(agent):
                 self.followers.discard(agent)
                 self._offline_since.pop(agent, None)
@@ -160,7 +163,7 @@ class Rollouts:
                 self._heard_at = inf
             case Tick():
                 pass
-        return self._settle(now)
+        return self._settle(now, may_halt=may_halt)
 
     def next_wakeup(self) -> float | None:
         """When :class:`Tick` can next matter, monotonic seconds; None when only an event can."""
@@ -287,14 +290,16 @@ class Rollouts:
 
     # --- what is decided --------------------------------------------------------------------------------------------
 
-    def _settle(self, now: float) -> list[Command]:
+    def _settle(self, now: float, *, may_halt: bool) -> list[Command]:
         """Decide whether the present step went well, or the canary is over."""
         canary = self._canary
         if canary is None or self._heard_at == inf:
             return []
+        lasted = now >= max(canary.began + self.config.step_s, self._heard_at)
+        if not lasted and not may_halt:
+            return []  # a thousand devices that show themselves at once are not counted a thousand times
         tally = self.tally(now)
         given_up = now >= canary.began + self.config.give_up_s
-        lasted = now >= max(canary.began + self.config.step_s, self._heard_at)
         complete = lasted and not tally.vanished and (given_up or not tally.waiting)
         halted = self._halt_if_needed(tally, complete=complete)
         if halted or not complete:

@@ -337,7 +337,7 @@ def test_a_release_whose_chunks_the_broker_does_not_take_is_not_announced(
     rollout.broker.limits = Limits(max_packet_bytes=1400)
     rollout.serve()
     rollout.asks(RequestKind.STABLE, 1)
-    eventually(lambda: "release_too_large" in capsys.readouterr().out, "the operator is told")
+    eventually(lambda: "release_not_served" in capsys.readouterr().out, "the operator is told")
     assert rollout.says(Channel.STABLE) is None
 
 
