@@ -21,8 +21,8 @@ TURN_S = 5.0
 STILL_WAITING_S = 600.0
 """Between two log lines that say that there is no model yet."""
 
-SUMMARY_FRAMES = 100_000
-"""Newest frames over which the summary states latencies: every picture of a folder, or hours of a camera; 800 KB."""
+SUMMARY_FRAMES = 10_000
+"""Newest frames over which the summary states latencies: 80 KB of them, for a run that may take years."""
 
 _PROBABILITY_DIGITS = 4
 _LATENCY_DIGITS = 3
