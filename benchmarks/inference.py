@@ -63,7 +63,7 @@ class Subject:
 
 def measure(options: Options, results: Results) -> None:
     """Train or take from the cache, export, run the parts that were asked for."""
-    wanted = RECIPES if options.parts & {"latency", "accuracy"} else WITH_MEMORY
+    wanted = tuple(RECIPES) if options.parts & {"latency", "accuracy"} else WITH_MEMORY
     if options.parts == {"cpu"}:
         wanted = WITH_MEMORY[:1]
     subjects = {name: _subject(name, options) for name in wanted}

@@ -137,9 +137,8 @@ def trained(name: str, *, quick: bool = False) -> Trained:
 
 
 def _shorter(stage: Stage) -> Stage:
-    return replace(
-        stage, images=max(4 * BATCH, stage.images // QUICK_SHARE), epochs=max(1, stage.epochs // 2)
-    )
+    images = max(4 * BATCH, stage.images // QUICK_SHARE)
+    return replace(stage, images=images, epochs=min(QUICK_EPOCHS, stage.epochs))
 
 
 def _longer(stage: Stage) -> Stage:
