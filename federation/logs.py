@@ -26,7 +26,7 @@ def configure(*, level: str = "info", form: LogFormat = "auto") -> None:
     """
     if level not in LEVELS:
         raise ConfigError(f"log level {level!r} is not known: use {', '.join(LEVELS)}")
-    import structlog  # `edge-agent infer` never logs, and this is 8 MB of its memory
+    import structlog  # `edge-agent infer` of files never logs, and this is 4 to 8 MB of its memory
 
     console = form == "console" or (form == "auto" and sys.stderr.isatty())
     renderer: structlog.typing.Processor = (
