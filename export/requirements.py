@@ -11,8 +11,8 @@ if TYPE_CHECKING:
 _SINCE_OPSET = {18: "1.14", 19: "1.15", 20: "1.17", 21: "1.18", 22: "1.21"}
 """ONNX operator set -> the first onnxruntime that implements it (onnxruntime's compatibility page)."""
 
-_SINCE_IR = {8: "1.14", 9: "1.15", 10: "1.18", 11: "1.22"}
-"""ONNX intermediate representation -> the first onnxruntime that loads it."""
+_SINCE_IR = {8: "1.14", 9: "1.15", 10: "1.18"}
+"""ONNX intermediate representation -> the first onnxruntime that loads it. Tried with 1.17.3, 1.18.1, 1.20.1 and 1.21.1."""
 
 NEWEST_OPSET = max(_SINCE_OPSET)
 
