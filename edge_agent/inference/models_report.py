@@ -8,8 +8,9 @@ from pathlib import Path
 
 from msgspec import Struct
 
+from edge_agent.inference.probation import read_trial
 from edge_agent.inference.quarantine import Quarantine, Quarantined
-from edge_agent.inference.slot_files import CURRENT, PREVIOUS, Slot, installed, linked, read_trial
+from edge_agent.inference.slot_files import CURRENT, PREVIOUS, Slot, installed, linked
 from federation.errors import ConfigError, ReleaseError
 from federation.release import check_files
 
@@ -90,9 +91,10 @@ def collect(folder: Path) -> Models:
     found = [_installed(slot, places.get(slot.folder, "")) for slot in installed(folder)]
     found.sort(key=lambda one: (order[one.place], -one.number))
     usable = {one.place: one for one in found if not one.damage and quarantine.find(one.sha256) is None}
-    current, trial = usable.get(CURRENT), read_trial(folder)
+    current = usable.get(CURRENT)
+    trial = None if current is None else read_trial(folder, current.sha256)
     probation = None
-    if current is not None and trial is not None and trial.sha256 == current.sha256:
+    if trial is not None:
         probation = Probation(since=trial.since, starts=trial.starts)
     return Models(
         folder=str(folder),

@@ -1,11 +1,11 @@
 """What lies in a device's folder of models, how it is read, also by commands that only look, and how links change.
 
-slots/SHA256/     a release folder, named after its model (``federation.release``)
-parts/SHA256.part what is being fetched
-current, previous symbolic links to the slot that runs and the one to go back to
-trial.json        the probation of ``current``, while it lasts
-quarantine/SHA256.json  a model that failed here, and how
-lock              held by the process that owns all this
+slots/SHA256/            a release folder, named after its model (``federation.release``)
+parts/SHA256.part        what is being fetched
+current, previous        symbolic links to the slot that runs and the one to go back to
+probation/SHA256.json    since when ``current`` has been on probation, while it is
+quarantine/SHA256.json   a model that failed here, and how
+lock                     held by the process that owns all this
 """
 
 from collections.abc import Iterator
@@ -13,19 +13,17 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import msgspec
-from msgspec import Struct
 
 from federation.errors import ConfigError, PeerError, ReleaseError, ReleaseFault
 from federation.files import sync_folder
 from federation.release import GOLDEN_FILE, MANIFEST_FILE, MODEL_FILE, read_manifest
-from federation.wire.fields import Count, NonNegative, Sha256
 from federation.wire.messages import decode_msgpack
 from federation.wire.release import Manifest, Release
 from federation.wire.signing import Envelope
 
 SLOTS, PARTS, QUARANTINE = "slots", "parts", "quarantine"
 CURRENT, PREVIOUS = "current", "previous"
-TRIAL_FILE = "trial.json"
+PROBATION = "probation"
 LOCK_FILE = "lock"
 
 DAMAGED = (msgspec.DecodeError, UnicodeDecodeError, RecursionError)
@@ -57,20 +55,6 @@ class Slot:
     def golden(self) -> Path:
         """Inputs and what the model must answer."""
         return self.folder / GOLDEN_FILE
-
-
-class Trial(Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
-    """A probation.
-
-    Attributes:
-        sha256: Of the model that is on probation.
-        since: Unix seconds.
-        starts: Process starts since then, less the orderly stops.
-    """
-
-    sha256: Sha256
-    since: NonNegative
-    starts: Count = 0
 
 
 def read_slot(folder: Path) -> Slot:
@@ -123,14 +107,6 @@ def link(root: Path, name: str, slot: Slot) -> None:
     temporary.symlink_to(Path(SLOTS) / slot.sha256)
     temporary.replace(root / name)
     sync_folder(root)
-
-
-def read_trial(root: Path) -> Trial | None:
-    """The probation that is going on, or None; a damaged record is none."""
-    try:
-        return msgspec.json.decode((root / TRIAL_FILE).read_bytes(), type=Trial)
-    except (FileNotFoundError, *DAMAGED):
-        return None
 
 
 def entries(folder: Path) -> list[Path]:

@@ -5,13 +5,11 @@ device starts with a model that it had tested, the old one or the new one:
 
 * *Install*: model, then golden set, each checked by its hash; the manifest last. Without a manifest it is no slot.
 * *Activate*: the probation's record, then ``previous``, then ``current``. A record about another model than ``current``
-  means that the power went in between; it is dropped.
+  means that the power went in between, or right after; it is dropped.
 * *Roll back*: the quarantine's record, then ``current``, then the end of the probation. A ``current`` that is in
   quarantine means that the power went in between; opening the folder goes on from there.
 """
 
-import fcntl
-import os
 import shutil
 import time
 from collections.abc import Callable, Collection
@@ -19,26 +17,25 @@ from pathlib import Path
 from types import TracebackType
 from typing import Self
 
-import msgspec
 import structlog
 
+from edge_agent.inference.folder_lock import FolderLock
 from edge_agent.inference.parts import Parts, full_disk, remove
+from edge_agent.inference.probation import Probation, Trial
 from edge_agent.inference.quarantine import Quarantine
 from edge_agent.inference.slot_files import (
     CURRENT,
     LOCK_FILE,
     PARTS,
     PREVIOUS,
+    PROBATION,
     QUARANTINE,
     SLOTS,
-    TRIAL_FILE,
     Slot,
-    Trial,
     installed,
     link,
     linked,
     read_slot,
-    read_trial,
 )
 from federation.errors import ConfigError, ReleaseError, ReleaseFault
 from federation.files import disk_error, sync_folder, write_whole
@@ -46,15 +43,6 @@ from federation.release import GOLDEN_FILE, MANIFEST_FILE, MODEL_FILE, check_fil
 from federation.wire.messages import ObjectRef
 from federation.wire.objects import PartialObject
 from federation.wire.release import Release
-
-CRASHES = 3
-"""So many starts in one probation without an orderly stop between them are a crash loop."""
-
-LOCK_S = 2.0
-"""How long to wait for the lock. A process that is killed while it starts a self-test leaves the lock with its child until
-that child has become another program."""
-
-_LOCK_POLL_S = 0.02
 
 _log = structlog.get_logger()
 
@@ -69,7 +57,6 @@ class Slots:
     Attributes:
         folder: Where everything is.
         current: The slot to run, its model checked against its hash when the folder was opened; None: there is none.
-        trial: The probation of ``current``; None if it was confirmed.
 
     Raises:
         ConfigError: If another process uses the folder, or the disk is not writable.
@@ -78,31 +65,28 @@ class Slots:
     def __init__(self, folder: Path, *, clock: Callable[[], float] = time.time) -> None:
         self.folder = folder
         self.current: Slot | None = None
-        self.trial: Trial | None = None
-        self._clock = clock
         self._parts = Parts(folder / PARTS)
         self._fetching: set[str] = set()
         self._quarantine = Quarantine(folder, clock)
+        self._probation = Probation(folder, clock)
         try:
-            for name in (SLOTS, PARTS, QUARANTINE):
+            for name in (SLOTS, PARTS, QUARANTINE, PROBATION):
                 (folder / name).mkdir(parents=True, exist_ok=True)
+            sync_folder(folder)
             sync_folder(folder.parent)
-            self._lock = os.open(folder / LOCK_FILE, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
         except OSError as error:
             raise disk_error(error, folder) from error
+        self._lock = FolderLock(folder / LOCK_FILE)
         try:
-            self._take_lock()
             self._sweep()
             self._start()
         except BaseException:
-            os.close(self._lock)
+            self._lock.close()
             raise
 
     def close(self) -> None:
         """Let another process have the folder. Does nothing the second time."""
-        if self._lock >= 0:
-            os.close(self._lock)
-            self._lock = -1
+        self._lock.close()
 
     def __enter__(self) -> Self:
         return self
@@ -111,6 +95,11 @@ class Slots:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self.close()
+
+    @property
+    def trial(self) -> Trial | None:
+        """The probation of ``current``; None if it was confirmed, or there is none."""
+        return self._probation.trial
 
     @property
     def previous(self) -> Slot | None:
@@ -216,12 +205,12 @@ class Slots:
             raise ReleaseError(ReleaseFault.QUARANTINED, reason)
         check_file(slot.model, slot.release.model)
         with full_disk(self.folder):
-            trial = Trial(sha256=slot.sha256, since=self._clock())
-            self._write_trial(trial)
+            trial = self._probation.prepare(slot.sha256)
             if self.current is not None:
                 link(self.folder, PREVIOUS, self.current)
             link(self.folder, CURRENT, slot)
-        self.current, self.trial = slot, trial
+        self.current = slot
+        self._probation.begin(slot.sha256, trial)
 
     def roll_back(self) -> Slot | None:
         """Make the previous slot the current one. What failed has been put into quarantine before.
@@ -243,7 +232,7 @@ class Slots:
             self.end_probation()
         except (OSError, ConfigError) as error:
             _log.warning("roll_back_not_written", folder=str(self.folder), error=str(error))
-        self.current, self.trial = target, None
+        self.current, self._probation.trial = target, None
         return target
 
     # Probation.
@@ -254,15 +243,11 @@ class Slots:
         Returns:
             True if ``current`` is on probation and has made the process crash too often.
         """
-        if self.trial is None:
-            return False
-        self._count(self.trial.starts + 1)
-        return self.trial.starts >= CRASHES
+        return self._probation.count_start()
 
     def count_stop(self) -> None:
         """Take the last start back: the process stops because it was told to."""
-        if self.trial is not None and self.trial.starts:
-            self._count(self.trial.starts - 1)
+        self._probation.count_stop()
 
     def end_probation(self) -> None:
         """Keep ``current`` from now on.
@@ -270,8 +255,7 @@ class Slots:
         Raises:
             ConfigError: If the disk is not writable.
         """
-        self.trial = None
-        remove(self.folder / TRIAL_FILE)
+        self._probation.resume(None)
 
     # Quarantine.
 
@@ -321,36 +305,22 @@ class Slots:
     def _make_room(self) -> None:
         self.collect_garbage(0, self._fetching)
 
-    def _take_lock(self) -> None:
-        deadline = time.monotonic() + LOCK_S
-        while True:
-            try:
-                fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError as error:
-                if time.monotonic() > deadline:
-                    raise ConfigError(
-                        f"another `edge-agent infer` or `edge-agent run` uses {self.folder}: stop it, or give this one "
-                        "its own --state"
-                    ) from error
-                time.sleep(_LOCK_POLL_S)
-            else:
-                return
-
     def _sweep(self) -> None:
         """Delete what a power cut in the middle of a write has left."""
-        for folder in (self.folder, self.folder / QUARANTINE, *(self.folder / SLOTS).iterdir()):
+        for folder in (
+            self.folder,
+            self.folder / QUARANTINE,
+            self.folder / PROBATION,
+            *(self.folder / SLOTS).iterdir(),
+        ):
             for leftover in folder.glob(".*"):
                 remove(leftover)
 
     def _start(self) -> None:
         self.current = self._usable(CURRENT)
-        trial = read_trial(self.folder)
         if self.current is None and linked(self.folder, CURRENT) is not None:
             self._recover()
-        if trial is not None and self.current is not None and trial.sha256 == self.current.sha256:
-            self.trial = trial
-        elif (self.folder / TRIAL_FILE).exists():
-            remove(self.folder / TRIAL_FILE)
+        self._probation.resume(None if self.current is None else self.current.sha256)
 
     def _recover(self) -> None:
         """Go on with ``previous`` because ``current`` is damaged, or was given up when the power went."""
@@ -387,17 +357,6 @@ class Slots:
         except ReleaseError as error:
             _log.debug("slot_not_usable", link=name, error=str(error))
             return None
-
-    def _count(self, starts: int) -> None:
-        assert self.trial is not None
-        self.trial = msgspec.structs.replace(self.trial, starts=starts)
-        try:
-            self._write_trial(self.trial)
-        except ConfigError as error:  # a full disk must not keep a good model from running
-            _log.warning("start_not_counted", error=str(error))
-
-    def _write_trial(self, trial: Trial) -> None:
-        write_whole(self.folder / TRIAL_FILE, msgspec.json.encode(trial))
 
     def _delete_slot(self, folder: Path) -> None:
         remove(folder / MANIFEST_FILE)  # first: what is half deleted is no slot

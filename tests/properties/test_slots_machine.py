@@ -148,7 +148,9 @@ def assert_as_before_or_after(slots: Slots, before: Meant, after: Meant) -> None
         assert slots.current is not None
         slots.check(slots.current)
         side = before if found.current == before.current else after
-        assert found.trial in {side.trial, before.trial and after.trial, after.trial and side is after}
+        assert found.trial in (
+            {before.trial, after.trial} if before.current == after.current else {side.trial}
+        )
 
 
 def assert_durable(disk: Disk, root: Path, meant: Meant) -> None:

@@ -16,7 +16,8 @@ from brokers import until
 from slot_releases import CHUNK_BYTES, Made, fetch, made, put
 
 from edge_agent.inference import parts
-from edge_agent.inference.slots import CRASHES, Slots
+from edge_agent.inference.probation import CRASHES
+from edge_agent.inference.slots import Slots
 from federation.errors import ConfigError, ReleaseError, ReleaseFault
 from federation.release import GOLDEN_FILE, MODEL_FILE
 from federation.task.model_delta import make_delta
@@ -67,7 +68,7 @@ def test_probation_lasts_over_restarts_until_it_ends(slots: Slots) -> None:
     slots.activate(put(slots, ONE))
     with again(slots) as later:
         assert later.trial is not None
-        assert (later.trial.sha256, later.trial.since) == (ONE.sha256, 10.0)
+        assert later.trial.since == 10.0
         assert not later.count_start()
         later.end_probation()
     with again(later) as last:
