@@ -93,6 +93,7 @@ class Device(RuleBasedStateMachine):
         self.named: set[tuple[int, str]] = set()
         self.passed: set[str] = set()
         self.proven: set[str] = set()
+        self.failed: set[str] = set()
         self.start()
 
     # --- what comes over the broker -------------------------------------------------------------------------------
@@ -153,11 +154,25 @@ class Device(RuleBasedStateMachine):
     def a_test_ends(self, fault: ReleaseFault | str | None) -> None:
         assert self.testing is not None
         offer, self.testing = self.testing, None
+        cuts = self.cuts
         if isinstance(fault, ReleaseFault) or fault is None:
             self.feed(Failed(offer.sha256, fault, "it is so"))
+            if fault in (ReleaseFault.BROKEN, ReleaseFault.NON_FINITE) and self.cuts == cuts:
+                self.failed.add(offer.sha256)
         else:
             self.passed.add(offer.sha256)
             self.feed(Passed(offer.sha256))
+
+    @precondition(lambda self: self.fetching is not None or self.testing is not None)
+    @rule(kept=st.booleans())
+    def the_release_is_good(self, kept: bool) -> None:
+        """The usual case, which chance alone would seldom bring about."""
+        if self.fetching is not None:
+            self.a_fetch_ends("")
+        if self.testing is not None:
+            self.a_test_ends("")
+        if kept:
+            self.frames_are_labelled(Health(frames=1000, p50_ms=5.0, p99_ms=9.0), PROBATION_S)
 
     @rule(release=releases)
     def a_test_of_something_that_is_not_wanted_any_more_ends(self, release: Release) -> None:
@@ -181,7 +196,10 @@ class Device(RuleBasedStateMachine):
     )
     def frames_are_labelled(self, health: Health, seconds: float) -> None:
         self.now, self.wall = self.now + seconds, self.wall + seconds
+        judged, cuts = self.table.current if self.table.on_probation else None, self.cuts
         self.feed(HealthSeen(health))
+        if judged is not None and (health.errors or health.non_finite) and self.cuts == cuts:
+            self.failed.add(judged.sha256)
 
     @rule(seconds=st.sampled_from([1.0, 30.0, 4000.0]))
     def time_passes(self, seconds: float) -> None:
@@ -216,6 +234,7 @@ class Device(RuleBasedStateMachine):
         assert (current.release.number, current.sha256) in self.named, "named by a valid manifest"
         assert current.sha256 in self.passed, "tested"
         assert current.sha256 not in self.disk.quarantine, "not given up"
+        assert current.sha256 not in self.failed, "never again"
 
     @invariant()
     def a_rollback_leads_to_what_is_proven(self) -> None:
