@@ -108,5 +108,6 @@ def list_text(found: ReleaseList) -> str:
     with console.capture() as capture:
         console.print(make_table(headings, cells))
         if found.waiting:
-            console.print(f"{found.waiting} requests wait for a server: start `aggregator serve --stay`")
+            waiting = "1 request waits" if found.waiting == 1 else f"{found.waiting} requests wait"
+            console.print(f"{waiting} for a server: start `aggregator serve --stay`")
     return capture.get().rstrip("\n")

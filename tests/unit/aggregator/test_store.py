@@ -155,6 +155,17 @@ def test_a_damaged_database_is_named(store: Store) -> None:
         again(store)
 
 
+def test_whether_a_folder_is_served_can_be_asked_without_disturbing_anybody(store: Store) -> None:
+    with again(store) as reader:
+        assert not reader.served()
+        store.lock()
+        assert store.served()
+        assert reader.served()
+        store.close()
+        assert not reader.served()
+        reader.lock()
+
+
 def test_one_process_serves_a_folder(store: Store) -> None:
     store.lock()
     with again(store) as reader, pytest.raises(ConfigError, match="another aggregator is serving"):
