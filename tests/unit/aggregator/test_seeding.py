@@ -295,3 +295,11 @@ def test_a_broker_that_forgot_everything_gets_plans_and_releases_again(server: S
     eventually(
         lambda: held(one.broker) == {model[1].sha256: SIZE, plan[1].sha256: SIZE}, "both are there again"
     )
+
+
+def test_an_object_that_two_releases_have_is_sent_once(server: Start) -> None:
+    one = server()
+    golden = one.object(9)
+    one.keeps(one.object(0), golden, one.object(1), golden)
+    chunks = [topic for _, topic, payload in one.broker.log if payload and golden[1].sha256 in topic]
+    assert len(chunks) == golden[1].chunks
