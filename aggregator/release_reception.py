@@ -65,6 +65,7 @@ class ReleaseReception:
         followers = releases.followers()
         self._models = {agent: row.model for agent, row in followers.items()}
         self._lives: dict[str, str] = {}
+        self._hashes: dict[int, str] = {}
         self._sessions = {agent: row.sessions for agent, row in followers.items()}
 
     def connected(self) -> None:
@@ -142,15 +143,14 @@ class ReleaseReception:
             sender=agent,
             key=key,
         )
-        stored = self._releases.release(report.number)
-        if stored is None or stored.release.model.sha256 != report.sha256:
+        if self._sha256_of(report.number) != report.sha256:
             raise PeerError(
                 Rejection.WRONG_HASH, f"release {report.number} is not a model {report.sha256[:12]} here"
             )
-        known = self._releases.reports(report.number).get(agent)
-        if known is not None and known.report == report:
+        known = self._releases.report(report.number, agent)
+        if known == report:
             return None  # the retained one, once more
-        self._check_order(agent, report, None if known is None else known.report)
+        self._check_order(agent, report, known)
         self._releases.record_report(agent, report)
         self._remember(agent, report.session)
         heard = log.bind(agent=agent, release=report.number, state=report.state.value)
@@ -162,6 +162,15 @@ class ReleaseReception:
         else:
             heard.debug("release_reported")
         return Reported(agent, report.number, report.manifest, report.state, report.fault)
+
+    def _sha256_of(self, number: int) -> str | None:
+        """Of the model of a release, which never changes; None if there is no such release."""
+        if number not in self._hashes:
+            stored = self._releases.release(number)
+            if stored is None:
+                return None
+            self._hashes[number] = stored.release.model.sha256
+        return self._hashes[number]
 
     def _check_order(self, agent: str, report: ReleaseReport, known: ReleaseReport | None) -> None:
         """Refuse an older report than the one that is known: replayed, or delivered late.

@@ -65,6 +65,13 @@ class ReleaseReports:
             for agent, text, at in rows
         }
 
+    def report(self, number: int, agent: str) -> ReleaseReport | None:
+        """The last word of one device about a release; None before the first."""
+        row = self._store.read(
+            "SELECT report FROM reports WHERE number = ? AND agent = ?", (number, agent)
+        ).fetchone()
+        return None if row is None else msgspec.json.decode(row[0], type=ReleaseReport)
+
     def record_model(self, agent: str, model: ModelState) -> None:
         """Keep what a device says that it runs."""
         with self._store.transaction() as db:
