@@ -26,7 +26,7 @@ from federation.wire.signing import Envelope
 from federation.wire.topics import Topics
 
 ROOT = Path(__file__).parents[3]
-PAGES = sorted([*ROOT.glob("*.md"), *(ROOT / "docs").rglob("*.md")])
+PAGES = sorted([*ROOT.glob("*.md"), *(ROOT / "docs").rglob("*.md"), *(ROOT / "deploy").rglob("*.md")])
 PROTOCOL = (ROOT / "docs" / "protocol.md").read_text()
 
 APPS = MappingProxyType(
