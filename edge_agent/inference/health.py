@@ -58,5 +58,8 @@ class Latencies:
             values = np.array(self._values)
         if not values.size:
             return None, None
-        p50, p99 = np.percentile(values, [50, 99])
+        values.sort()
+        # Not np.percentile: it imports numpy.ma, 1.2 MB that nothing else here needs.
+        places = np.array([0.50, 0.99]) * (values.size - 1)
+        p50, p99 = np.interp(places, np.arange(values.size), values)
         return float(p50), float(p99)
