@@ -81,7 +81,7 @@ class Device(RuleBasedStateMachine):
 
     def __init__(self) -> None:
         super().__init__()
-        self.now = self.wall = 0.0
+        self.now = self.wall = self.right = 0.0  # monotonic, the device's clock, and the aggregator's
         self.disk = Disk(Known(("a" * 64, "b" * 64)))
         self.version = 10
         self.fuse: int | None = None
@@ -129,7 +129,7 @@ class Device(RuleBasedStateMachine):
     def arrives(
         self, channel: Channel, release: Release | None, version: int, lifetime_s: float, signer: int = 0
     ) -> None:
-        AUTHORITY.issued_at = self.wall
+        AUTHORITY.issued_at = self.right
         manifest = AUTHORITY.manifest(
             release, channel, version=version, lifetime_s=lifetime_s, next_key=key_of(f"{version}")
         )
@@ -195,7 +195,7 @@ class Device(RuleBasedStateMachine):
         seconds=st.sampled_from([0.0, PROBATION_S]),
     )
     def frames_are_labelled(self, health: Health, seconds: float) -> None:
-        self.now, self.wall = self.now + seconds, self.wall + seconds
+        self.pass_time(seconds)
         judged, cuts = self.table.current if self.table.on_probation else None, self.cuts
         self.feed(HealthSeen(health))
         if judged is not None and (health.errors or health.non_finite) and self.cuts == cuts:
@@ -203,7 +203,7 @@ class Device(RuleBasedStateMachine):
 
     @rule(seconds=st.sampled_from([1.0, 30.0, 4000.0]))
     def time_passes(self, seconds: float) -> None:
-        self.now, self.wall = self.now + seconds, self.wall + seconds
+        self.pass_time(seconds)
         self.feed(Tick())
         wakeup = self.table.next_wakeup()
         assert wakeup is None or wakeup > self.now, "a wakeup in the past would keep a processor busy"
@@ -282,6 +282,9 @@ class Device(RuleBasedStateMachine):
     def go_back(self) -> None:
         self.disk.current, self.disk.previous = self.disk.previous, None
         self.disk.trial, self.disk.starts = False, 0
+
+    def pass_time(self, seconds: float) -> None:
+        self.now, self.wall, self.right = self.now + seconds, self.wall + seconds, self.right + seconds
 
     def feed(self, event: Event) -> None:
         self.events.append(event)
