@@ -175,11 +175,14 @@ class ReleaseReception:
     def _check_order(self, agent: str, report: ReleaseReport, known: ReleaseReport | None) -> None:
         """Refuse an older report than the one that is known: replayed, or delivered late.
 
-        Clocks of devices are not compared across their restarts: one without a battery begins in the past each time.
+        Clocks of devices are not compared across their restarts: one without a battery begins in the past each time. A
+        failure is believed whatever its time: a clock that was set back must not hide one, and to halt is the safe side.
         """
         if report.session in self._sessions.get(agent, ())[:-1]:
             raise PeerError(Rejection.DUPLICATE, f"a report of an earlier life of {agent}, {report.session}")
-        if known is not None and report.session == known.session and report.time < known.time:
+        if known is None or report.session != known.session or report.state in FAILED:
+            return
+        if report.time < known.time:
             raise PeerError(
                 Rejection.DUPLICATE, f"a report from {known.time - report.time:.3f} s before its last one"
             )

@@ -120,6 +120,11 @@ def test_an_older_report_of_the_same_life_is_refused_also_by_the_next_process(do
     assert door.kept is ROLLED_BACK
 
 
+def test_a_failure_counts_though_the_clock_was_set_back(door: Door) -> None:
+    door.reports(RolloutState.PROBATION, at=1000.0)
+    assert door.reports(ROLLED_BACK, at=10.0) == Reported("pi1", 1, 5, ROLLED_BACK)
+
+
 def test_a_report_of_an_earlier_life_is_refused_also_by_the_next_process(door: Door) -> None:
     door.reports(CONFIRMED, session=FIRST, at=1e9)
     door.reports(ROLLED_BACK, session=SECOND, at=5.0)

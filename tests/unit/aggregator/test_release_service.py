@@ -7,7 +7,7 @@ from pathlib import Path
 import msgspec
 import pytest
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
-from memory_federation import LIMITS, NAME, Federation, eventually
+from memory_federation import LIMITS, NAME, TASK, Federation, eventually
 from memory_link import ADDRESS, MemoryBroker
 from releases import Follower, add_release, in_order, share_between
 
@@ -236,7 +236,7 @@ def no_such_release(device: Follower, manifest: Manifest) -> None:
 
 
 def replayed(device: Follower, manifest: Manifest) -> None:
-    device.send(device.says(manifest, ROLLED_BACK, time=1.0))
+    device.send(device.says(manifest, CONFIRMED, time=1.0))
 
 
 def of_an_earlier_life(device: Follower, manifest: Manifest) -> None:
@@ -333,11 +333,13 @@ def test_what_cannot_be_done_is_refused_with_a_reason(
 def test_a_release_whose_chunks_the_broker_does_not_take_is_not_announced(
     rollout: Rollout, capsys: pytest.CaptureFixture[str]
 ) -> None:
+    finish_run(rollout)
     rollout.add()
     rollout.broker.limits = Limits(max_packet_bytes=1400)
+    rollout.store.request(RequestKind.STABLE, 1)
     rollout.serve()
-    rollout.asks(RequestKind.STABLE, 1)
-    eventually(lambda: "release_not_served" in capsys.readouterr().out, "the operator is told")
+    assert rollout.ended.result(40), "nobody waits for what cannot be"
+    assert "release_not_served" in capsys.readouterr().out, "the operator is told"
     assert rollout.says(Channel.STABLE) is None
 
 
@@ -379,3 +381,33 @@ def test_with_stay_a_finished_run_is_served_until_it_is_stopped(rollout: Rollout
     assert not rollout.ended.done()
     rollout.stop()
     assert rollout.ended.result(0), "its run is finished all the same"
+
+
+def test_a_release_that_is_made_at_the_end_of_a_run_is_announced_before_the_server_ends(
+    rollout: Rollout,
+) -> None:
+    finish_run(rollout)
+
+    def make(number: int) -> str:
+        with rollout.federation.store() as database:
+            store = ReleaseStore(database)
+            row = add_release(store, rollout.folder)
+            store.request(RequestKind.STABLE, row.number)
+        return f"release {row.number} of round {number}"
+
+    config, federation = rollout.federation.config, rollout.federation
+    for _ in range(2):
+        with federation.store() as database:
+            database.lock()
+            service = Service(
+                config,
+                database,
+                federation.enrolment,
+                TASK,
+                ADDRESS,
+                make_link=rollout.broker.make_link,
+                make_release=make,
+            )
+            assert service.run()
+        assert len(rollout.store.releases()) == 1, "once, however often the server is started"
+        rollout.announced(Channel.STABLE, 1)
