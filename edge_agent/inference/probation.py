@@ -8,7 +8,7 @@ import structlog
 from msgspec import Struct
 
 from edge_agent.inference.parts import remove
-from edge_agent.inference.slot_files import DAMAGED, PROBATION, entries
+from edge_agent.inference.slot_files import DAMAGED, PROBATION_FILE, SLOTS
 from federation.errors import ConfigError
 from federation.files import write_whole
 from federation.wire.fields import Count, NonNegative
@@ -32,10 +32,10 @@ class Trial(Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
 
 
 class Probation:
-    """The probation of the current model, and its file, named after the model.
+    """The probation of the current model. Its record lies in the model's slot, and goes with it.
 
-    A file is written before its model becomes the current one, and is then already there; that of the model which was
-    current until then stays as it is, in case that the power goes in between.
+    It is written before its model becomes the current one, so that no power cut leaves a new model unwatched. That of the
+    model that was current until then stays: if this device goes back to it, it is watched on.
 
     Args:
         root: The folder of models.
@@ -50,31 +50,28 @@ class Probation:
         self._root, self._clock = root, clock
         self._sha256 = ""
 
-    def prepare(self, sha256: str) -> Trial:
-        """Write the file of a model that is to become the current one.
+    def prepare(self, sha256: str) -> None:
+        """Begin the probation of a model that is to become the current one.
 
         Raises:
             ConfigError: If the disk is full or not writable.
         """
-        trial = Trial(since=self._clock())
-        self._write(sha256, trial)
-        return trial
-
-    def begin(self, sha256: str, trial: Trial) -> None:
-        """The model is the current one now. The file of the former, if it was on probation too, goes with the next end."""
-        self._sha256, self.trial = sha256, trial
+        self._write(sha256, Trial(since=self._clock()))
 
     def resume(self, sha256: str | None) -> None:
-        """Go on with the probation of this model, if its file is there; delete all others.
-
-        Raises:
-            ConfigError: If one cannot be deleted.
-        """
+        """The current model is now this one, or none."""
         self._sha256 = sha256 or ""
         self.trial = None if sha256 is None else read_trial(self._root, sha256)
-        for path in entries(self._root / PROBATION):
-            if self.trial is None or path.stem != sha256:
-                remove(path)
+
+    def end(self) -> None:
+        """The current model is confirmed.
+
+        Raises:
+            ConfigError: If the disk is not writable.
+        """
+        if self.trial is not None:
+            self.trial = None
+            remove(_path(self._root, self._sha256))
 
     def count_start(self) -> bool:
         """Count a start of the process; whether there were too many."""
@@ -109,4 +106,4 @@ def read_trial(root: Path, sha256: str) -> Trial | None:
 
 
 def _path(root: Path, sha256: str) -> Path:
-    return root / PROBATION / f"{sha256}.json"
+    return root / SLOTS / sha256 / PROBATION_FILE

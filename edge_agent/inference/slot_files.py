@@ -1,9 +1,9 @@
 """What lies in a device's folder of models, how it is read, also by commands that only look, and how links change.
 
-slots/SHA256/            a release folder, named after its model (``federation.release``)
+slots/SHA256/            a release folder, named after its model (``federation.release``); in it probation.json:
+                         since when it has been on probation, until it is confirmed
 parts/SHA256.part        what is being fetched
 current, previous        symbolic links to the slot that runs and the one to go back to
-probation/SHA256.json    since when ``current`` has been on probation, while it is
 quarantine/SHA256.json   a model that failed here, and how
 lock                     held by the process that owns all this
 """
@@ -23,7 +23,7 @@ from federation.wire.signing import Envelope
 
 SLOTS, PARTS, QUARANTINE = "slots", "parts", "quarantine"
 CURRENT, PREVIOUS = "current", "previous"
-PROBATION = "probation"
+PROBATION_FILE = "probation.json"
 LOCK_FILE = "lock"
 
 DAMAGED = (msgspec.DecodeError, UnicodeDecodeError, RecursionError)

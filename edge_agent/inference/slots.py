@@ -4,10 +4,9 @@ Every step is durable before the next begins, and each leaves the folder (``slot
 device starts with a model that it had tested, the old one or the new one:
 
 * *Install*: model, then golden set, each checked by its hash; the manifest last. Without a manifest it is no slot.
-* *Activate*: the probation's record, then ``previous``, then ``current``. A record about another model than ``current``
-  means that the power went in between, or right after; it is dropped.
-* *Roll back*: the quarantine's record, then ``current``, then the end of the probation. A ``current`` that is in
-  quarantine means that the power went in between; opening the folder goes on from there.
+* *Activate*: the probation's record, then ``previous``, then ``current``. Only the record of ``current`` counts.
+* *Roll back*: the quarantine's record, then ``current``. A ``current`` that is in quarantine means that the power went in
+  between; opening the folder goes on from there.
 """
 
 import shutil
@@ -28,7 +27,6 @@ from edge_agent.inference.slot_files import (
     LOCK_FILE,
     PARTS,
     PREVIOUS,
-    PROBATION,
     QUARANTINE,
     SLOTS,
     Slot,
@@ -70,7 +68,7 @@ class Slots:
         self._quarantine = Quarantine(folder, clock)
         self._probation = Probation(folder, clock)
         try:
-            for name in (SLOTS, PARTS, QUARANTINE, PROBATION):
+            for name in (SLOTS, PARTS, QUARANTINE):
                 (folder / name).mkdir(parents=True, exist_ok=True)
             sync_folder(folder)
             sync_folder(folder.parent)
@@ -205,12 +203,12 @@ class Slots:
             raise ReleaseError(ReleaseFault.QUARANTINED, reason)
         check_file(slot.model, slot.release.model)
         with full_disk(self.folder):
-            trial = self._probation.prepare(slot.sha256)
+            self._probation.prepare(slot.sha256)
             if self.current is not None:
                 link(self.folder, PREVIOUS, self.current)
             link(self.folder, CURRENT, slot)
         self.current = slot
-        self._probation.begin(slot.sha256, trial)
+        self._probation.resume(slot.sha256)
 
     def roll_back(self) -> Slot | None:
         """Make the previous slot the current one. What failed has been put into quarantine before.
@@ -229,10 +227,10 @@ class Slots:
                 link(self.folder, CURRENT, target)
             else:
                 remove(self.folder / CURRENT)
-            self.end_probation()
         except (OSError, ConfigError) as error:
             _log.warning("roll_back_not_written", folder=str(self.folder), error=str(error))
-        self.current, self._probation.trial = target, None
+        self.current = target
+        self._probation.resume(None if target is None else target.sha256)
         return target
 
     # Probation.
@@ -255,7 +253,7 @@ class Slots:
         Raises:
             ConfigError: If the disk is not writable.
         """
-        self._probation.resume(None)
+        self._probation.end()
 
     # Quarantine.
 
@@ -310,7 +308,6 @@ class Slots:
         for folder in (
             self.folder,
             self.folder / QUARANTINE,
-            self.folder / PROBATION,
             *(self.folder / SLOTS).iterdir(),
         ):
             for leftover in folder.glob(".*"):

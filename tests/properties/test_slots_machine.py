@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 from power_cuts import Disk, PowerCut
 from slot_releases import made, put
 
+from edge_agent.inference.probation import read_trial
 from edge_agent.inference.slot_files import CURRENT, PREVIOUS, installed, linked
 from edge_agent.inference.slots import Slots
 from federation.errors import ReleaseError, ReleaseFault
@@ -25,13 +26,12 @@ MEMORY = Path("/dev/shm")  # noqa: S108 - what is made there has a name of its o
 
 @dataclass
 class Meant:
-    """What the slots are meant to be, by release numbers; ``link`` and ``previous`` as they are on disk."""
+    """What the slots are meant to be, by release numbers; ``link`` and ``previous`` as they are on disk, ``trials`` with starts."""
 
     current: int | None = None
     link: int | None = None
     previous: int | None = None
-    trial: bool = False
-    starts: int = 0
+    trials: dict[int, int] = field(default_factory=dict)
     quarantined: set[int] = field(default_factory=set)
     there: set[int] = field(default_factory=set)
 
@@ -46,22 +46,23 @@ class Meant:
             return
         self.previous = self.previous if self.current is None else self.current
         self.current = self.link = number
-        self.trial, self.starts = True, 0
+        self.trials[number] = 0
 
     def start(self, _: int) -> None:
-        self.starts += self.trial
+        if self.current in self.trials:
+            self.trials[self.current] += 1
 
     def stop(self, _: int) -> None:
-        self.starts = max(0, self.starts - 1)
+        if self.trials.get(self.current or 0):
+            self.trials[self.current or 0] -= 1
 
     def confirm(self, _: int) -> None:
-        self.trial = False
+        self.trials.pop(self.current or 0, None)
 
     def give_up(self, _: int) -> None:
         if self.current is not None:
             self.quarantined.add(self.current)
             self.current = self.link = self.fallback
-            self.trial = False
 
     def forgive(self, number: int) -> None:
         self.quarantined.discard(number)
@@ -72,11 +73,10 @@ class Meant:
             if len(kept) < keep:
                 kept.add(number)
         self.there &= kept
+        self.trials = {number: starts for number, starts in self.trials.items() if number in kept}
 
     def reopen(self, _: int) -> None:
         runs = self.link if self.link in self.there - self.quarantined else None
-        self.trial = self.trial and runs is not None
-        self.current = None
         if runs is None and self.link is not None:
             runs = self.fallback
             self.link = self.link if runs is None else runs
@@ -111,12 +111,16 @@ def observed(slots: Slots) -> Meant:
         folder = linked(slots.folder, name)
         return None if folder is None else NUMBERS[folder.name]
 
+    trials = {}
+    for one, release in RELEASES.items():
+        trial = read_trial(slots.folder, release.sha256)
+        if trial is not None and slots.find(release.sha256) is not None:
+            trials[one] = trial.starts
     return Meant(
         current=None if slots.current is None else NUMBERS[slots.current.sha256],
         link=number(CURRENT),
         previous=number(PREVIOUS),
-        trial=slots.trial is not None,
-        starts=0 if slots.trial is None else slots.trial.starts,
+        trials=trials,
         quarantined={one for one, release in RELEASES.items() if slots.quarantined(release.sha256)},
         there={slot.release.number for slot in installed(slots.folder)},
     )
@@ -124,15 +128,14 @@ def observed(slots: Slots) -> Meant:
 
 def assert_as_meant(slots: Slots, meant: Meant) -> None:
     found = observed(slots)
-    assert (found.current, found.trial, found.quarantined, found.there) == (
+    assert (found.current, found.trials, found.quarantined, found.there) == (
         meant.current,
-        meant.trial,
+        meant.trials,
         meant.quarantined,
         meant.there,
     )
     assert (slots.previous.release.number if slots.previous else None) == meant.fallback
-    if meant.trial:
-        assert found.starts == meant.starts
+    assert (slots.trial.starts if slots.trial else None) == meant.trials.get(meant.current or 0)
 
 
 def assert_as_before_or_after(slots: Slots, before: Meant, after: Meant) -> None:
@@ -147,10 +150,9 @@ def assert_as_before_or_after(slots: Slots, before: Meant, after: Meant) -> None
     if found.current is not None:
         assert slots.current is not None
         slots.check(slots.current)
-        side = before if found.current == before.current else after
-        assert found.trial in (
-            {before.trial, after.trial} if before.current == after.current else {side.trial}
-        )
+        if found.current not in found.trials:
+            assert found.current not in before.trials or found.current not in after.trials
+            assert found.current in before.there, "a new model is never unwatched"
 
 
 def assert_durable(disk: Disk, root: Path, meant: Meant) -> None:
