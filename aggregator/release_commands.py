@@ -1,6 +1,8 @@
 """``aggregator release``, ``rollback``, ``releases`` and ``release-key``: what an operator does with models and devices."""
 
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated
 
@@ -16,10 +18,10 @@ from aggregator.options import (
     parse_settings,
     read_settings,
 )
-from aggregator.release_records import RequestKind, StoredRelease
+from aggregator.release_records import REFUSED_KEY, RequestKind, StoredRelease
 from aggregator.release_store import ReleaseStore
 from aggregator.store import Store
-from federation.errors import ConfigError
+from federation.errors import ConfigError, VerificationError
 from federation.wire.release import Channel, ModelFormat
 
 ANSWER_S = 15.0
@@ -141,7 +143,8 @@ def release(
                 other_labels=other_labels,
                 gated=gated,
             )
-            made = make_release(store, config, order)
+            with _refusal_kept(store, gated=gated):
+                made = make_release(store, config, order)
             row, remarks = made.stored, made.remarks
         asked = (
             None
@@ -243,6 +246,18 @@ def release_key(
         )
     if keys.successor_file.exists():
         typer.echo(f"next: move {keys.successor_file} to a safe place; only the next rotation needs it")
+
+
+@contextmanager
+def _refusal_kept(store: Store, *, gated: bool) -> Iterator[None]:
+    """Let people read later why nothing was released by itself, when nobody looked."""
+    try:
+        yield
+    except VerificationError as error:
+        if gated:
+            store.remember(REFUSED_KEY, str(error))
+        raise
+    store.remember(REFUSED_KEY, "")
 
 
 def share_of(text: str) -> float:

@@ -4,7 +4,7 @@ import msgspec
 from rich.console import Console
 
 from aggregator.database import Database
-from aggregator.release_records import StoredRelease
+from aggregator.release_records import REFUSED_KEY, StoredRelease
 from aggregator.release_status import ReleaseStatus, release_statuses
 from aggregator.release_store import ReleaseStore
 from aggregator.tables import make_table, number_text
@@ -36,12 +36,14 @@ class ReleaseList(msgspec.Struct, frozen=True, kw_only=True):
         stable: Number of the stable release; None before the first.
         canary: Number of the release that is on its way there; None if there is none.
         waiting: Requests that no server has answered yet.
+        refused: Why the last run's model was not released by itself; empty if it was, or none was to be.
         releases: Oldest first.
     """
 
     stable: int | None
     canary: int | None
     waiting: int
+    refused: str
     releases: list[ReleaseRow]
 
 
@@ -54,6 +56,7 @@ def collect_releases(database: Database) -> ReleaseList:
         stable=None if stable is None else stable.number,
         canary=None if canary is None else canary.number,
         waiting=len(store.requests()),
+        refused=database.recall(REFUSED_KEY) or "",
         releases=[_row(status, stored[status.number]) for status in release_statuses(database)],
     )
 
@@ -107,6 +110,8 @@ def list_text(found: ReleaseList) -> str:
     console = Console(highlight=False, markup=False)
     with console.capture() as capture:
         console.print(make_table(headings, cells))
+        if found.refused:
+            console.print(found.refused, soft_wrap=True)
         if found.waiting:
             waiting = "1 request waits" if found.waiting == 1 else f"{found.waiting} requests wait"
             console.print(f"{waiting} for a server: start `aggregator serve --stay`")

@@ -13,6 +13,10 @@ DELTA_FILE = "model.delta"
 """In a release's folder beside the model, where the release has a delta."""
 
 
+REFUSED_KEY = "automatic_release_refused"
+"""Under which the store remembers why the last run's model was not released by itself; empty when it was."""
+
+
 class ReleaseState(StrEnum):
     """What has become of a release."""
 

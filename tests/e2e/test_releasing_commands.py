@@ -150,6 +150,7 @@ def test_a_finished_run_releases_its_model_unless_it_is_worse(make_federation: M
     (line,) = worse.logged("automatic_release_refused")
     assert "points below release 1" in line["reason"]
     assert (line["round"], line["lost"]) == (2, "devices keep the release that they run")
+    assert "not released by itself" in operator(federation, "releases")
 
 
 def releases_of(federation: Federation) -> list[StoredRelease]:

@@ -16,7 +16,7 @@ from aggregator.release_records import ReleaseState, RequestKind, StoredRequest
 from aggregator.release_store import ReleaseStore
 from aggregator.rollout_events import Announce, Mark
 from aggregator.store import Store
-from federation.errors import ConfigError
+from federation.errors import ConfigError, VerificationError
 from federation.release import MODEL_FILE
 from federation.wire.release import Channel
 
@@ -185,6 +185,17 @@ def test_the_list_says_what_became_of_each(desk: Desk) -> None:
     assert second["delta_bytes"] > 0
     assert second["release"]["round"] == 3
     assert "digests" not in json.dumps(found), "a list of chunks is of no use to anybody"
+
+
+def test_why_nothing_was_released_by_itself_is_kept_until_something_is(desk: Desk) -> None:
+    desk.made(1, stable=(1,))
+    worse = exported(desk.folder / "worse", scale=-1.0)
+    with pytest.raises(VerificationError, match="cannot be compared with release 1"):
+        desk.run("release", worse, "--auto")
+    assert "cannot be compared with release 1" in desk.run("releases")
+    assert "cannot be compared" in json.loads(desk.run("releases", "--json"))["refused"]
+    desk.run("release", worse)
+    assert json.loads(desk.run("releases", "--json"))["refused"] == ""
 
 
 def test_the_keys_are_shown_and_rotated(desk: Desk) -> None:
