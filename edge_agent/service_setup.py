@@ -184,7 +184,7 @@ def _check_packages(source: str, *, trains: bool) -> None:
         raise ConfigError("training needs torch, which is not installed: pip install 'fedge[train]'")
     if source:
         # Says what is missing or does not exist. Nothing of a camera is touched before a feed is started.
-        open_feed(source, fps=1, file_fps=1, stdin=0).close()
+        open_feed(source, fps=1, file_fps=1).close()
 
 
 def _check_reach(program: Path) -> None:
