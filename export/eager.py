@@ -23,6 +23,7 @@ class Eager:
 
     Attributes:
         task: What the checkpoint was trained for.
+        prepare: From a frame to the input of :meth:`run`, as a tensor.
     """
 
     def __init__(self, checkpoint: Path, *, threads: int = 1, tuned: bool = False) -> None:
@@ -46,14 +47,14 @@ class Eager:
         self._model = build(info.task)
         load_arrays(self._model, arrays)
         self._model.eval()
-        self._prepare = _by_hand(self.task) if tuned else _by_transforms(self.task)
+        self.prepare = _by_hand(self.task) if tuned else _by_transforms(self.task)
 
     def label(self, frame: np.ndarray) -> str:
         """The most likely label of uint8 ``[height, width, channels]`` or ``[height, width]``, in any size."""
         import torch
 
         with torch.inference_mode():
-            probabilities = self._model(self._prepare(frame)).softmax(dim=1)
+            probabilities = self._model(self.prepare(frame)).softmax(dim=1)
             _, index = probabilities[0].max(dim=0)
         return self.task.labels[int(index)]
 
