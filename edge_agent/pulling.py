@@ -100,7 +100,8 @@ class Pull:
 
     def _carry_out(self, commands: list[DownloadCommand], now: float) -> None:
         sha256 = self.partial.ref.sha256
-        for command in commands:
+        # Topics are left first: a disk that refuses a chunk must not leave one subscribed for ever.
+        for command in sorted(commands, key=lambda command: not isinstance(command, Unsubscribe)):
             match command:
                 case Subscribe(indices):
                     self._link.subscribe([(self._topics.object_chunk(sha256, index), 0) for index in indices])
