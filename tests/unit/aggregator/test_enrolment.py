@@ -194,6 +194,7 @@ def test_an_agent_may_do_exactly_what_the_protocol_gives_it() -> None:
         "fedge/1/fleet/object/#",
         f"{own}/down/#",
         f"{own}/state",
+        f"{own}/model",
     }
 
 
