@@ -305,18 +305,29 @@ def _residual(piece: Piece, base: bytes, now: bytes) -> list[bytes]:
 _HOPELESS = 0.995
 """Of the size: a plane that deflate makes no smaller is noise, and the slow coder would only confirm it."""
 
+_LARGE_BYTES = 4 * 2**20
+_PATTERNED = 0.35
+"""LZMA takes two seconds a megabyte where it finds no pattern, to gain a hundredth at most: a large plane is spared that, unless
+deflate has made it this much smaller."""
+
 
 def _pack(stream: bytes, dictionary: bytes) -> tuple[Coding, bytes]:
     """The smallest of what the codings make of it."""
     best = Coding.STORED, stream
     for strategy in (zlib.Z_DEFAULT_STRATEGY, zlib.Z_HUFFMAN_ONLY):
         packer = zlib.compressobj(
-            zlib.Z_BEST_COMPRESSION, zlib.DEFLATED, -zlib.MAX_WBITS, zlib.DEF_MEM_LEVEL, strategy, dictionary
+            zlib.Z_DEFAULT_COMPRESSION,
+            zlib.DEFLATED,
+            -zlib.MAX_WBITS,
+            zlib.DEF_MEM_LEVEL,
+            strategy,
+            dictionary,
         )
         packed = packer.compress(stream) + packer.flush()
         if len(packed) < len(best[1]):
             best = Coding.DEFLATE, packed
-    if len(best[1]) < _HOPELESS * len(stream):
+    worth_trying = _PATTERNED if len(stream) > _LARGE_BYTES else _HOPELESS
+    if len(best[1]) < worth_trying * len(stream):
         packed = lzma.compress(stream, lzma.FORMAT_RAW, filters=LZMA)
         if len(packed) < len(best[1]):
             best = Coding.LZMA, packed
