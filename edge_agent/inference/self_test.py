@@ -159,7 +159,7 @@ def _judge(status: int, output: bytes, complaints: str) -> TestReport:
         if outcome.report is not None:
             return outcome.report
         raise ReleaseError(outcome.fault or ReleaseFault.CRASHED, outcome.detail)
-    last = complaints.strip()[-MAX_DETAIL:]
+    last = " ".join(complaints.split())[-MAX_DETAIL:]
     how = f"exit status {status}" if status > 0 else f"signal {-status} ({signal.strsignal(-status)})"
     fault = ReleaseFault.CRASHED
     if NO_MEMORY.search(complaints) or -status == signal.SIGKILL:  # the kernel's, when memory runs out

@@ -54,7 +54,7 @@ def try_release(folder: Path, *, threads: int, max_latency_ms: float, max_memory
         if report.rss_mb > allowed_mb:
             raise ReleaseError(ReleaseFault.TOO_BIG, f"{report.rss_mb:.0f} MiB")
     except ReleaseError as error:
-        detail = error.detail
+        detail = " ".join(error.detail.split())  # onnxruntime writes several lines
         if error.fault is ReleaseFault.TOO_BIG:
             why = "max_memory_mb" if allowed_mb == max_memory_mb else "all that this device has free now"
             detail += (

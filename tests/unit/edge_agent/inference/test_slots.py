@@ -8,7 +8,7 @@ import signal
 import subprocess
 import sys
 from collections.abc import Iterator
-from contextlib import closing
+from contextlib import closing, contextmanager
 from pathlib import Path
 
 import pytest
@@ -282,9 +282,12 @@ def test_a_release_that_does_not_fit_is_refused_before_it_is_fetched(
     assert slots.find(THREE.sha256) is None
 
 
-@pytest.fixture
+@contextmanager
 def small_files() -> Iterator[None]:
-    """No file may be longer than a chunk: the kernel refuses to write, as on a full disk, to whoever runs the tests."""
+    """No file may be longer than a chunk: the kernel refuses to write, as on a full disk, to whoever runs the tests.
+
+    Not a fixture: where output goes to a file, pytest itself could not write before its end.
+    """
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     before = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
     resource.setrlimit(resource.RLIMIT_FSIZE, (CHUNK_BYTES, hard))
@@ -296,7 +299,7 @@ def small_files() -> Iterator[None]:
 
 
 def test_a_disk_that_is_full_in_mid_download_loses_nothing(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     with Slots(tmp_path / "models") as slots:
         upgrade(slots, ONE)
@@ -305,17 +308,15 @@ def test_a_disk_that_is_full_in_mid_download_loses_nothing(
         ref = TWO.release.model
         with closing(slots.open_part(ref)) as part:
             part.write(0, TWO.objects[TWO.sha256][:CHUNK_BYTES])
-            request.getfixturevalue("small_files")
             offset, length = chunk_span(ref, 1)
-            with pytest.raises(ReleaseError, match="nothing was lost") as refused:
+            with small_files(), pytest.raises(ReleaseError, match="nothing was lost") as refused:
                 part.write(1, TWO.objects[TWO.sha256][offset : offset + length])
         assert refused.value.fault is ReleaseFault.NO_SPACE
         assert number(slots) == 1
 
 
-def test_space_is_reserved_when_a_fetch_begins(slots: Slots, request: pytest.FixtureRequest) -> None:
-    request.getfixturevalue("small_files")
-    with pytest.raises(ReleaseError) as refused:
+def test_space_is_reserved_when_a_fetch_begins(slots: Slots) -> None:
+    with small_files(), pytest.raises(ReleaseError) as refused:
         slots.open_part(TWO.release.model)
     assert refused.value.fault is ReleaseFault.NO_SPACE
 
