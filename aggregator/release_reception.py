@@ -156,7 +156,7 @@ class ReleaseReception:
         heard = log.bind(agent=agent, release=report.number, state=report.state.value)
         if report.state in FAILED:
             fault = report.fault.value if report.fault else "unknown"
-            heard.warning("release_failed", fault=fault, detail=report.detail)
+            heard.warning("release_failed", fault=fault, detail=_printable(report.detail))
         elif report.state is RolloutState.CONFIRMED:
             heard.info("release_confirmed", frames=report.frames, p99_ms=report.p99_ms)
         else:
@@ -207,3 +207,8 @@ class ReleaseReception:
             self._releases.record_model(agent, model)
             self._models[agent] = model
         return FollowerSeen(agent, model.online)
+
+
+def _printable(text: str) -> str:
+    """What a device wrote, without the terminal commands that it may hold."""
+    return "".join(sign if sign.isprintable() else "?" for sign in text)

@@ -178,6 +178,14 @@ def test_the_death_of_a_device_whose_birth_an_earlier_process_heard_counts(door:
     assert door.shows(online=False, session=SECOND, retained=True) == FollowerSeen("pi1", online=False)
 
 
+def test_what_a_device_writes_is_no_command_to_a_terminal(
+    door: Door, capsys: pytest.CaptureFixture[str]
+) -> None:
+    door.reports(ROLLED_BACK, detail="slow \x1b[2Jand\nsteady")
+    shown = capsys.readouterr()
+    assert "slow ?[2Jand?steady" in shown.out + shown.err
+
+
 def test_a_flood_is_held_back_and_its_last_word_counts(door: Door) -> None:
     for number in range(BURST + 50):
         door.reports(RolloutState.FETCHING, at=float(number))
