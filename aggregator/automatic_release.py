@@ -34,6 +34,12 @@ class AutomaticRelease:
         self._child: subprocess.Popen[str] | None = None
         self._stopped = False
 
+    @property
+    def busy(self) -> bool:
+        """Whether a process is at work."""
+        with self._lock:
+            return self._child is not None
+
     def __call__(self, number: int) -> str:
         """Release the model after round ``number``, unless it is worse than the stable release.
 
