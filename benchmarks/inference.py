@@ -9,14 +9,16 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import psutil
+from PIL import Image
 
 from benchmarks.fleets import START_S, Fleet, Run
 from benchmarks.processes import Child, Children, module
 from benchmarks.runner import BenchmarkError, Options, Results, main, middle, say
-from benchmarks.trained import RECIPES, Trained, trained
+from benchmarks.trained import RECIPES, RGB, Trained, trained
 from benchmarks.variants import release
 from export.benchmark import Row, side_by_side
 from export.benchmark_messages import Load
+from export.benchmark_worker import CAMERA
 from export.report import ExportReport
 from federation.task.data import write_samples
 from federation.wire.release import ModelFormat
@@ -159,9 +161,9 @@ def memory(children: Children, subject: Subject, options: Options, results: Resu
     how = f"peak RSS of `edge-agent infer`, {PICTURES} pictures; median of {REPEATS}"
     results.add(subject.key("rss_mb"), middle(alone), "MB", how)
     fleet = Fleet(children, options.folder / f"memory-{name}", Run("cnn", "digits", 1, 1))
+    bundle = str(fleet.enroll("camera"))
     server = fleet.serve()
     children.until(lambda: b'"broker_connected"' in server.log.read_bytes(), START_S, "the broker is up")
-    bundle = str(fleet.enroll("camera"))
     linked = [
         _peak(children, f"memory-{name}-mqtt-{repeat}", [bundle, *command, "--publish", "mqtt"])
         for repeat in range(REPEATS)
@@ -177,9 +179,15 @@ def _peak(children: Children, name: str, arguments: Sequence[str]) -> float:
 
 
 def _pictures(subject: Subject, options: Options) -> Path:
+    """Test images as files; those for models of photographs in a camera's size."""
     folder = options.folder / f"{subject.model.name}-pictures"
     if not folder.exists():
         write_samples(subject.model.data, folder, count=PICTURES)
+        if subject.report.info.task.channels == RGB:
+            for path in folder.iterdir():
+                with Image.open(path) as image:
+                    large = image.resize(CAMERA[::-1])
+                large.save(path)
     return folder
 
 
@@ -203,7 +211,9 @@ def cpu(children: Children, subject: Subject, options: Options, results: Results
         shares.append(_share(children, child, watch_s))
         children.stop(child)
     how = f"CPU time of `edge-agent infer --fps {FPS}` in {watch_s:.0f} s, reading files included, of one CPU; median of {REPEATS}"
-    results.add(subject.key("idle_cpu_percent"), middle(shares), "%", how)
+    results.add(
+        "idle_cpu_percent" + subject.model.suffix, middle(shares), "%", f"{how}; {subject.model.name}"
+    )
 
 
 def _share(children: Children, child: Child, watch_s: float) -> float:
