@@ -13,6 +13,7 @@ from typing import Final
 import federation
 from edge_agent.config import AgentConfig
 from edge_agent.inference.cameras import without_secrets
+from edge_agent.inference.command import CURRENT
 from edge_agent.inference.sources import PICAMERA, STDIN, open_feed
 from edge_agent.service_command import INFER_MEMORY, TRAIN_MEMORY
 from edge_agent.service_unit import CREDENTIALS_SINCE, Camera, Service, is_hidden
@@ -63,6 +64,7 @@ def read_settings(
     in_file = {
         "data": None if data else path_of_data(settings.data),
         "inference.source": None if source else path_of_source(chosen.source),
+        "inference.model": path_of_model(chosen.model),
         "privacy.roster": Path(settings.privacy.roster) if settings.privacy.roster else None,
     }
     for key, path in in_file.items():
@@ -101,7 +103,11 @@ def describe(
     """
     trains, infers = bool(settings.data), bool(settings.inference.source)
     program = (executable or own_executable()).absolute()
-    found = (path_of_data(settings.data), path_of_source(settings.inference.source))
+    found = (
+        path_of_data(settings.data),
+        path_of_source(settings.inference.source),
+        path_of_model(settings.inference.model) if infers else None,
+    )
     paths = [path.absolute() for path in found if path is not None]
     groups: list[str | None] = []
     if not elsewhere:
@@ -141,6 +147,11 @@ def path_of_source(source: str) -> Path | None:
     """The file or folder that a source is; None for a camera and a stream."""
     named = source in ("", PICAMERA) or source.isdecimal() or "://" in source or source.startswith("/dev/")
     return None if named else Path(source)
+
+
+def path_of_model(model: str) -> Path | None:
+    """The file that a model is; None for the one that the aggregator rolls out."""
+    return None if model == CURRENT else Path(model)
 
 
 def group_that_reads(path: Path) -> str | None:

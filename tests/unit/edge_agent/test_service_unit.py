@@ -201,6 +201,9 @@ def test_paths_become_full_ones_and_settings_may_come_from_the_file(
     assert "edge-agent infer ${CREDENTIALS_DIRECTORY}/bundle.json" in printed.stdout
     assert "secret" not in printed.stdout
     assert f"LoadCredential=agent.toml:{config}" in printed.stdout
+    config.write_text('[inference]\nmodel = "/home/pi/model.onnx"\n')
+    printed = run(bundle, "--config", config, "--source", "0", "--print")
+    assert "BindReadOnlyPaths=/home/pi/model.onnx" in printed.stdout
 
 
 @pytest.mark.parametrize(
@@ -215,6 +218,7 @@ def test_paths_become_full_ones_and_settings_may_come_from_the_file(
         (["b.json", "--source", "a\nb"], "unit file"),
         (["b.json", "--config", "relative.toml"], "full path"),
         (["b.json", "--config", "absolute.toml"], "own folder"),
+        (["b.json", "--config", "model.toml", "--source", "0"], "full path"),
     ],
 )
 def test_what_no_service_can_have_is_refused(
@@ -223,6 +227,7 @@ def test_what_no_service_can_have_is_refused(
     monkeypatch.chdir(tmp_path)
     (tmp_path / "relative.toml").write_text('data = "imagefolder:pictures"\n')
     (tmp_path / "absolute.toml").write_text('data = "digits"\n[inference]\nsave = "/srv/labels.jsonl"\n')
+    (tmp_path / "model.toml").write_text('[inference]\nmodel = "model.onnx"\n')
     refused = run(*arguments, "--print")
     assert isinstance(refused.exception, ConfigError)
     assert said in str(refused.exception)
