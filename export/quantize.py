@@ -23,6 +23,8 @@ if TYPE_CHECKING:
 
 QUANTIZED_OPERATORS = ("Conv", "Gemm", "MatMul")
 
+_GATE_OPERATORS = ("Conv", "Relu", "HardSigmoid", "Sigmoid", "HardSwish")
+
 _CALIBRATION_BATCH = 16
 
 _HALF_MAX = float(np.finfo(np.float16).max)
@@ -78,18 +80,34 @@ def to_int8(
 
 
 def delicate_layers(core: "onnx.ModelProto") -> tuple[str, ...]:
-    """Names of the layers to leave in float32 when quantizing all of them has failed: the first, the last, the depthwise ones.
+    """Names of the layers to leave in float32 when quantizing all of them has failed.
 
-    Depthwise convolutions are what breaks under int8 in MobileNets (Sheng et al. 2018, "A Quantization-Friendly Separable
-    Convolution for MobileNets"), and what gains least: they move more bytes than they multiply.
+    They are the first, the last, the depthwise ones and those of squeeze and excitation. Depthwise convolutions are what
+    breaks under int8 in MobileNets (Sheng et al. 2018, "A Quantization-Friendly Separable Convolution for MobileNets"). Neither
+    they nor the gates of squeeze and excitation gain anything: they move more bytes than they multiply.
     """
     layers = [node for node in core.graph.node if node.op_type in QUANTIZED_OPERATORS]
+    if not layers:
+        return ()
     depthwise = [
         node.name
         for node in layers
         if any(attribute.name == "group" and attribute.i > 1 for attribute in node.attribute)
     ]
-    return tuple(dict.fromkeys((layers[0].name, *depthwise, layers[-1].name))) if layers else ()
+    return tuple(dict.fromkeys((layers[0].name, *depthwise, *_gate_layers(core), layers[-1].name)))
+
+
+def _gate_layers(core: "onnx.ModelProto") -> list[str]:
+    """Convolutions of what was pooled to one pixel: those of squeeze and excitation (Hu et al. 2018)."""
+    names, pooled = [], set()
+    for node in core.graph.node:  # in topological order
+        if node.op_type == "GlobalAveragePool":
+            pooled.add(node.output[0])
+        elif node.input and node.input[0] in pooled and node.op_type in _GATE_OPERATORS:
+            pooled.add(node.output[0])
+            if node.op_type == "Conv":
+                names.append(node.name)
+    return names
 
 
 def to_half(core: "onnx.ModelProto") -> "onnx.ModelProto":

@@ -20,6 +20,10 @@ OLDEST_OPSET = 18
 INPUT_NAME = "image"
 OUTPUT_NAME = "logits"
 
+_IMAGES_RANK = 4
+_HEIGHT_AND_WIDTH = {2, 3}
+_WITH_AXES = 2
+
 _TRACED_BATCH = 2
 """torch.export treats a dimension of 1 as a constant, which would fix the batch."""
 
@@ -57,6 +61,7 @@ def trace(model: "nn.Module", task: "TaskSpec", *, opset: int) -> "onnx.ModelPro
             )
             assert program is not None  # the dynamo exporter always returns one
             proto: onnx.ModelProto = program.model_proto
+        _pool_globally(proto.graph)
         _strip(proto.graph)
         onnx.checker.check_model(proto)
     except (torch.onnx.errors.OnnxExporterError, RuntimeError, onnx.checker.ValidationError) as error:
@@ -66,6 +71,36 @@ def trace(model: "nn.Module", task: "TaskSpec", *, opset: int) -> "onnx.ModelPro
             "a plug-in model must avoid control flow that depends on the data"
         ) from error
     return proto
+
+
+def _pool_globally(graph: "onnx.GraphProto") -> None:
+    """Say GlobalAveragePool where the exporter says ReduceMean over height and width.
+
+    They compute the same, but onnxruntime has the former in the blocked layout of its convolutions, and need not leave that for
+    every squeeze and excitation.
+    """
+    from onnx import numpy_helper
+
+    ranks = {value.name: len(value.type.tensor_type.shape.dim) for value in graph.value_info}
+    constants = {tensor.name: tensor for tensor in graph.initializer}
+    for node in graph.node:
+        if (
+            node.op_type != "ReduceMean"
+            or len(node.input) != _WITH_AXES
+            or ranks.get(node.input[0]) != _IMAGES_RANK
+        ):
+            continue
+        axes = constants.get(node.input[1])
+        kept = all(attribute.i for attribute in node.attribute if attribute.name == "keepdims")
+        if axes is None or not kept:
+            continue
+        if {int(axis) % _IMAGES_RANK for axis in numpy_helper.to_array(axes)} == _HEIGHT_AND_WIDTH:
+            node.op_type = "GlobalAveragePool"
+            del node.input[1:], node.attribute[:]
+    used = {name for node in graph.node for name in node.input}
+    kept_tensors = [tensor for tensor in graph.initializer if tensor.name in used]
+    del graph.initializer[:]
+    graph.initializer.extend(kept_tensors)
 
 
 def _strip(graph: "onnx.GraphProto") -> None:

@@ -131,7 +131,7 @@ def _attempts(
         yield "all convolutions and matrix products", lambda: to_int8(core, recipe, pixels)
         delicate = delicate_layers(core)
         yield (
-            "first, last and depthwise layers in float32",
+            "first, last, depthwise and gate layers in float32",
             lambda: to_int8(core, recipe, pixels, in_float=delicate),
         )
 

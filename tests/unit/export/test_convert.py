@@ -83,6 +83,9 @@ def test_the_file_is_whole_and_says_what_it_is(tmp_path: Path, capfd: pytest.Cap
 def test_torchvision_models_agree_with_torch_in_any_batch_size(tmp_path: Path, task: TaskSpec) -> None:
     report = export_model(_checkpoint(tmp_path, task), tmp_path / "release", preprocess="none")
     assert report.parity.relative_error < 1e-5
+    operators = {node.op_type for node in onnx.load(report.model).graph.node}
+    assert "GlobalAveragePool" in operators
+    assert not operators & {"ReduceMean", "BatchNormalization"}
     session = ort.InferenceSession(report.model)
     model = build(task, seed=7).eval()
     generator = torch.Generator().manual_seed(3)

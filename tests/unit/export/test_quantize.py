@@ -65,6 +65,22 @@ def test_what_is_delicate_stays_in_float(pixels: np.ndarray) -> None:
     assert "w3" not in tensors
 
 
+def test_gates_of_squeeze_and_excitation_are_delicate() -> None:
+    core = conv_core()
+    nodes = [
+        onnx.helper.make_node("GlobalAveragePool", ["b"], ["pooled"]),
+        onnx.helper.make_node("Conv", ["pooled", "squeeze"], ["s"], name="squeeze"),
+        onnx.helper.make_node("Relu", ["s"], ["t"]),
+        onnx.helper.make_node("Conv", ["t", "excite"], ["u"], name="excite"),
+        onnx.helper.make_node("Sigmoid", ["u"], ["gate"]),
+        onnx.helper.make_node("Mul", ["b", "gate"], ["scaled"]),
+        onnx.helper.make_node("Conv", ["scaled", "next"], ["v"], name="next"),
+    ]
+    for place, node in enumerate(nodes):
+        core.graph.node.insert(2 + place, node)
+    assert delicate_layers(core) == ("first", "depthwise", "squeeze", "excite", "last")
+
+
 def test_a_graph_without_layers_has_none_that_are_delicate() -> None:
     core = conv_core()
     del core.graph.node[:]
