@@ -16,7 +16,7 @@ from edge_agent.inference.feed import Feed, Frame, Problem
 from edge_agent.inference.follower import Follower
 from edge_agent.inference.loop import InferenceLoop
 from edge_agent.inference.options import FollowerOptions
-from edge_agent.inference.rollout import Settings
+from edge_agent.inference.rollout_work import Settings
 from edge_agent.inference.sinks import Sink
 from edge_agent.inference.slots import Slots
 from federation.bundle import Bundle

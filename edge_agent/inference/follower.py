@@ -12,10 +12,9 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Final
 
-import msgspec
 import structlog
 
-from edge_agent.inference.discovery import announcements
+from edge_agent.inference.announcer import Announcer, farewell, is_farewell
 from edge_agent.inference.health import Health
 from edge_agent.inference.installer import TEST_END_S, Install, Installer
 from edge_agent.inference.options import FollowerOptions
@@ -47,7 +46,7 @@ from edge_agent.inference.rollout_events import (
 from edge_agent.inference.rollout_memory import FILE, RolloutMemory
 from edge_agent.inference.slots import Slots
 from federation.bundle import Bundle, address
-from federation.errors import ConfigError, ReleaseError, ReleaseFault, TransportError
+from federation.errors import ConfigError, ReleaseError, ReleaseFault
 from federation.release import open_manifest
 from federation.wire.link import (
     Connected,
@@ -60,11 +59,10 @@ from federation.wire.link import (
     Overflow,
     Will,
 )
-from federation.wire.messages import encode_json
 from federation.wire.predictions import ModelState, PredictionMessage
 from federation.wire.rate import TokenBucket
-from federation.wire.release import Channel, ReleaseReport, Requirements, RolloutState
-from federation.wire.signing import Purpose, private_key, public_key, seal
+from federation.wire.release import Channel, Requirements
+from federation.wire.signing import public_key
 from federation.wire.topics import Topics
 
 log = structlog.get_logger()
@@ -130,11 +128,10 @@ class Follower:
         self._bundle, self._slots, self._options = bundle, slots, options
         self._install, self._health, self._wall = install, health, wall
         self._topics = Topics(bundle.federation)
-        self._key = private_key(bundle.private_key)
         self._session = secrets.token_hex(8)
         current = None if slots is None else slots.current
         number = "" if current is None else str(current.release.number)
-        self._state = ModelState(
+        state = ModelState(
             installed_version=number,
             latest_version=number,
             in_progress=False,
@@ -148,13 +145,13 @@ class Follower:
             address(bundle),
             f"{bundle.federation}-{bundle.agent}-infer-{self._session}",
             on_event=self._inbox.put,
-            will=Will(self._topics.model(bundle.agent), self._farewell()),
+            will=Will(self._topics.model(bundle.agent), farewell(state)),
             max_rate=options.max_rate,
         )
+        self._announcer = Announcer(bundle, options, state, self._link)
         self._following: _Following | None = None
         self._starts = 0
         self._events: deque[Event] = deque()
-        self._report: ReleaseReport | None = None
         self._refused: dict[Channel, ReleaseFault] = {}
         self._health_due = 0.0
         self._stopping = threading.Event()
@@ -169,20 +166,15 @@ class Follower:
         """Say goodbye and end. The slots are the caller's again."""
         self._stopping.set()
         self._inbox.wake()
-        self._thread.join(JOIN_S)
+        if self._thread.ident is not None:
+            self._thread.join(JOIN_S)
         if self._thread.is_alive():
             log.error("follower_not_ended", lost="nothing: what is on disk is whole at every moment")
-        self._link.stop([(self._topics.model(self._bundle.agent), self._farewell(), 1, True)])
+        self._link.stop([self._announcer.farewell()])
 
     def publish_prediction(self, message: PredictionMessage) -> None:
         """Send a prediction soon, or not at all while there is no broker: a newer one follows. From any thread."""
-        try:
-            self._link.publish(self._topics.predictions(self._bundle.agent), encode_json(message), qos=0)
-        except TransportError as error:
-            log.error("prediction_not_sent", reason=str(error))
-
-    def _farewell(self) -> bytes:
-        return encode_json(msgspec.structs.replace(self._state, online=False, in_progress=False))
+        self._announcer.prediction(message)
 
     # --- the thread -----------------------------------------------------------------------------------------------
 
@@ -289,16 +281,9 @@ class Follower:
                 raise AssertionError(f"nobody posts {type(item).__name__}")
 
     def _announce(self) -> None:
-        agent = self._bundle.agent
-        self._publish_state()
-        if self._report is not None:
-            self._publish_report(self._report)
-        if self._options.publish and self._options.home_assistant:
-            interval_s = self._options.publish_interval_s
-            for topic, payload in announcements(self._topics, agent, publish_interval_s=interval_s):
-                self._publish(topic, payload)
+        self._announcer.everything()
         # Its own state too: the will of an earlier life may come after this one's birth.
-        filters = [(self._topics.model(agent), 1)]
+        filters = [(self._topics.model(self._bundle.agent), 1)]
         if self._following is not None:
             filters += [(self._topics.release(channel.value), 1) for channel in Channel]
         self._link.subscribe(filters)
@@ -307,8 +292,8 @@ class Follower:
         following = self._following
         chunk = self._topics.parse_object_chunk(message.topic)
         if message.topic == self._topics.model(self._bundle.agent):
-            if _is_farewell(message.payload):
-                self._publish_state()
+            if is_farewell(message.payload):
+                self._announcer.state()
         elif following is not None and chunk is not None:
             following.fetch.chunk(*chunk, message.payload, now)
         elif following is not None and message.payload:
@@ -377,11 +362,9 @@ class Follower:
                 working = frozenset() if target is None else frozenset({target.sha256})
                 installer.confirm(following.fetch.objects | working)
             case Report(report):
-                self._report = report
-                _tell(report)
-                self._publish_report(report)
+                self._announcer.report(report)
             case ShowState():
-                self._show(command)
+                self._announcer.show(command)
 
     def _pin(self, memory: RolloutMemory, keys: tuple[str, ...]) -> None:
         try:
@@ -404,74 +387,8 @@ class Follower:
             lost = "nothing, unless the power fails now"
             log.error("rollout_memory_not_saved", reason=str(error), lost=lost)
 
-    # --- what others hear -----------------------------------------------------------------------------------------
-
-    def _show(self, command: ShowState) -> None:
-        state = msgspec.structs.replace(
-            self._state,
-            installed_version="" if command.installed is None else str(command.installed),
-            latest_version="" if command.latest is None else str(command.latest),
-            in_progress=command.busy,
-            state=command.text,
-        )
-        if state != self._state:
-            self._state = state
-            self._publish_state()
-
-    def _publish_state(self) -> None:
-        self._publish(self._topics.model(self._bundle.agent), encode_json(self._state))
-
-    def _publish_report(self, report: ReleaseReport) -> None:
-        sealed = seal(
-            report,
-            purpose=Purpose.RELEASE_REPORT,
-            federation=self._bundle.federation,
-            sender=self._bundle.agent,
-            key=self._key,
-        )
-        self._publish(self._topics.release_report(self._bundle.agent), sealed)
-
-    def _publish(self, topic: str, payload: bytes) -> None:
-        try:
-            self._link.publish(
-                topic, payload, qos=1, retain=True
-            )  # unsent while offline: sent after the connect
-        except TransportError as error:
-            log.error("send_failed", topic=topic, reason=str(error))
-
-
-def _is_farewell(payload: bytes) -> bool:
-    """Whether this is a last word; anything that is no state at all is to be replaced too."""
-    try:
-        return not msgspec.json.decode(payload, type=ModelState).online
-    except (msgspec.DecodeError, UnicodeDecodeError):
-        return True
-
 
 def _objection(requirements: Requirements) -> str:
     from edge_agent.inference.runtime import objection  # onnxruntime: not needed before the first release
 
     return objection(requirements)
-
-
-_EVENTS: Final = {
-    RolloutState.FETCHING: "release_fetching",
-    RolloutState.TESTING: "release_testing",
-    RolloutState.PROBATION: "release_activated",
-    RolloutState.CONFIRMED: "release_confirmed",
-    RolloutState.REFUSED: "release_refused",
-    RolloutState.ROLLED_BACK: "release_rolled_back",
-}
-
-
-def _tell(report: ReleaseReport) -> None:
-    """Log a report in plain words."""
-    event = _EVENTS[report.state]
-    details = {"number": report.number, "model": report.sha256[:12], "running": report.running}
-    if report.fault is None:
-        log.info(event, **details)
-        return
-    lost = "nothing: the former model goes on"
-    if report.running is None:
-        lost = "labels, until the next release comes"
-    log.error(event, **details, fault=report.fault.value, detail=report.detail, lost=lost)

@@ -13,8 +13,6 @@ has passed its self-test, and what a rollback leads to has passed its probation.
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass
-from enum import StrEnum
 from typing import Final
 
 from edge_agent.inference.channels import Channels, Known
@@ -27,7 +25,6 @@ from edge_agent.inference.rollout_events import (
     Confirm,
     Event,
     Failed,
-    Fetch,
     Fetched,
     HealthSeen,
     ManifestArrived,
@@ -47,14 +44,10 @@ from edge_agent.inference.rollout_events import (
     StopWork,
     Tick,
 )
+from edge_agent.inference.rollout_work import Settings, Stage, Trial, Work
 from federation.errors import ReleaseFault
 from federation.release import SignedManifest
 from federation.wire.release import Channel, Manifest, ReleaseReport, Requirements, RolloutState
-
-RETRY_S: Final = 30.0
-"""First wait after a failure of this device's own (no space, no process); it doubles."""
-
-RETRY_MAX_S: Final = 3600.0
 
 WRONG_HASHES: Final = 3
 """Downloads that are not what was signed, though their chunks are, after which the release is refused: one may be due
@@ -65,52 +58,6 @@ SLOW_TESTS: Final = 3
 
 _DETAIL_CHARS: Final = 900
 """Of a text for people; the wire takes 1000."""
-
-
-class Stage(StrEnum):
-    """How far the work on another release is."""
-
-    FETCHING = "fetching"
-    TESTING = "testing"
-    WAITING = "waiting"
-    READY = "ready"
-    ACTIVATING = "activating"
-
-
-@dataclass(frozen=True, slots=True)
-class Settings:
-    """What the operator of the device set.
-
-    Attributes:
-        channel: ``canary`` to be among the first.
-        max_latency_ms: 99th percentile from frame to label above which probation is failed.
-        probation_s: Least seconds of probation.
-        probation_frames: Least frames of probation.
-        retry_s: First wait after a failure of this device's own, seconds.
-    """
-
-    channel: Channel
-    max_latency_ms: float
-    probation_s: float
-    probation_frames: int
-    retry_s: float = RETRY_S
-
-
-@dataclass(slots=True)
-class _Work:
-    offer: Offer
-    stage: Stage
-    delta: bool
-    failures: int = 0
-    wrong_hashes: int = 0
-    slow_tests: int = 0
-    retry_at: float = 0.0
-
-
-@dataclass(slots=True)
-class _Trial:
-    since: float
-    health: Health | None = None
 
 
 class Rollout:
@@ -145,8 +92,8 @@ class Rollout:
         self._unpinned: dict[Channel, SignedManifest] = {}
         self._pin_at = 0.0
         self._told: dict[Channel, tuple[int, ReleaseFault]] = {}
-        self._work: _Work | None = None
-        self._trial: _Trial | None = None
+        self._work: Work | None = None
+        self._trial: Trial | None = None
         self._rolling = self._withdrawn = False
         self._text = ""
         self._clock = 0.0
@@ -322,12 +269,8 @@ class Rollout:
             return commands + self._settle(wall)
         delta = offer.release.delta
         held = {one.sha256 for one in (self.current, self.previous) if one is not None}
-        self._work = _Work(offer, Stage.FETCHING, delta is not None and delta.base in held)
-        return [*commands, *self._report(offer, RolloutState.FETCHING, wall), self._fetch(self._work)]
-
-    def _fetch(self, work: _Work) -> Fetch:
-        work.stage = Stage.FETCHING
-        return Fetch(work.offer, work.offer.release.delta if work.delta else None)
+        self._work = Work(offer, delta is not None and delta.base in held)
+        return [*commands, *self._report(offer, RolloutState.FETCHING, wall), self._work.fetch()]
 
     def _activate_when_free(self) -> list[Command]:
         work = self._work
@@ -342,7 +285,7 @@ class Rollout:
 
     def _activated(self, offer: Offer, now: float, wall: float) -> list[Command]:
         self.previous, self.current, self._work = self.current, offer, None
-        self._trial = None if self._channels.is_proven(offer) else _Trial(now)
+        self._trial = None if self._channels.is_proven(offer) else Trial(now)
         return self._running(wall)
 
     def _running(self, wall: float) -> list[Command]:
@@ -353,13 +296,13 @@ class Rollout:
     # --- what goes wrong on the way -------------------------------------------------------------------------------
 
     def _failed(
-        self, work: _Work, fault: ReleaseFault | None, detail: str, now: float, wall: float
+        self, work: Work, fault: ReleaseFault | None, detail: str, now: float, wall: float
     ) -> list[Command]:
         if fault is ReleaseFault.WRONG_HASH:
             work.wrong_hashes += 1
             if work.delta or work.wrong_hashes < WRONG_HASHES:
                 work.delta = False
-                return [self._fetch(work)]
+                return [work.fetch()]
             self._work = None
             return [*self._decline(work.offer, fault, detail, wall), *self._settle(wall)]
         work.slow_tests += fault is ReleaseFault.TOO_SLOW
@@ -374,11 +317,9 @@ class Rollout:
         ]
 
     def _wait(
-        self, work: _Work, fault: ReleaseFault | None, detail: str, now: float, wall: float
+        self, work: Work, fault: ReleaseFault | None, detail: str, now: float, wall: float
     ) -> list[Command]:
-        wait_s = min(RETRY_MAX_S, self._settings.retry_s * 2.0 ** min(work.failures, 16))
-        work.failures += 1
-        work.stage, work.retry_at = Stage.WAITING, now + wait_s
+        wait_s = work.wait(self._settings.retry_s, now)
         text = f"{detail}; tried again in {wait_s:.0f} s"
         if fault is ReleaseFault.NO_SPACE and work.failures == 1:
             return self._report(work.offer, RolloutState.REFUSED, wall, fault, text)
@@ -403,7 +344,7 @@ class Rollout:
             over = "its manifest expired before it was taken up"
             told = self._report(work.offer, RolloutState.REFUSED, wall, ReleaseFault.EXPIRED, over)
             return [*told, *self._settle(wall)]
-        return [self._fetch(work)] if work.stage is Stage.WAITING and now >= work.retry_at else []
+        return [work.fetch()] if work.stage is Stage.WAITING and now >= work.retry_at else []
 
     # --- probation ------------------------------------------------------------------------------------------------
 
@@ -411,7 +352,7 @@ class Rollout:
         self.current, self.previous = event.current, event.previous
         if event.current is None:
             return self._show("no model yet: waiting for the first release", wall)
-        self._trial = _Trial(now) if event.trial else None
+        self._trial = Trial(now) if event.trial else None
         if event.crashes and event.trial:
             detail = "the process ended again and again since it was activated"
             return self._give_up(event.current, ReleaseFault.CRASHED, detail, wall)
@@ -424,25 +365,13 @@ class Rollout:
         told = self._report(current, RolloutState.ROLLED_BACK, wall, fault, detail)
         return [*told, *self._roll_back(withdrawn=False)]
 
-    def _judge(self, trial: _Trial, health: Health, now: float, wall: float) -> list[Command]:
+    def _judge(self, trial: Trial, health: Health, now: float, wall: float) -> list[Command]:
         assert self.current is not None
         trial.health = health
-        if health.non_finite:
-            detail = f"{health.non_finite} answers with NaN or infinity beside {health.frames} good ones"
-            return self._give_up(self.current, ReleaseFault.NON_FINITE, detail, wall)
-        if health.errors:
-            detail = f"{health.errors} errors beside {health.frames} good frames"
-            return self._give_up(self.current, ReleaseFault.ERRORS, detail, wall)
-        if health.frames < self._settings.probation_frames:
-            return []
-        # Half of all frames too late is plain at once; the 99th percentile wants the whole of probation.
-        over = now >= trial.since + self._settings.probation_s
-        for name, value, due in (("median", health.p50_ms, True), ("99th percentile", health.p99_ms, over)):
-            if due and value is not None and value > self._settings.max_latency_ms:
-                limit = f"at most {self._settings.max_latency_ms:g} ms are allowed"
-                detail = f"{name} {value:.1f} ms from frame to label, {limit}"
-                return self._give_up(self.current, ReleaseFault.TOO_SLOW, detail, wall)
-        return self._confirm(self.current, wall) if over else []
+        found = trial.fault(self._settings, now)
+        if found is not None:
+            return self._give_up(self.current, *found, wall)
+        return self._confirm(self.current, wall) if trial.over(self._settings, now) else []
 
     def _confirm(self, offer: Offer, wall: float) -> list[Command]:
         told = self._report(offer, RolloutState.CONFIRMED, wall)

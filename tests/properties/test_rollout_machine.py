@@ -9,7 +9,7 @@ from release_authority import Authority, key_of
 
 from edge_agent.inference.channels import Known
 from edge_agent.inference.health import Health
-from edge_agent.inference.rollout import Rollout, Settings, Stage
+from edge_agent.inference.rollout import Rollout
 from edge_agent.inference.rollout_events import (
     Activate,
     Activated,
@@ -38,6 +38,7 @@ from edge_agent.inference.rollout_events import (
     StopWork,
     Tick,
 )
+from edge_agent.inference.rollout_work import Settings, Stage
 from federation.errors import ReleaseFault
 from federation.release import SignedManifest
 from federation.wire.release import Channel, Release, RolloutState

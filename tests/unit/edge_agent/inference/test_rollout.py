@@ -6,7 +6,7 @@ from rollout_device import AGENT, GOOD, SETTINGS, Device, kinds
 
 from edge_agent.inference.channels import Known
 from edge_agent.inference.health import Health
-from edge_agent.inference.rollout import SLOW_TESTS, WRONG_HASHES, Settings, Stage
+from edge_agent.inference.rollout import SLOW_TESTS, WRONG_HASHES
 from edge_agent.inference.rollout_events import (
     Activate,
     Activated,
@@ -28,6 +28,7 @@ from edge_agent.inference.rollout_events import (
     StopWork,
     Tick,
 )
+from edge_agent.inference.rollout_work import Settings, Stage
 from federation.errors import ReleaseFault
 from federation.wire.release import Channel, Release, RolloutState, draw
 
