@@ -1,6 +1,9 @@
 """federation.task.engine: a picture becomes a label, and a foreign model a clear refusal."""
 
 import math
+import os
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -112,3 +115,29 @@ def test_metadata_that_does_not_fit_the_graph_is_refused(tmp_path: Path, wrong: 
 def test_softmax_survives_large_logits() -> None:
     probabilities = softmax(np.array([[1e4, 1e4, -1e4]], np.float32))
     np.testing.assert_allclose(probabilities, [[0.5, 0.5, 0]])
+
+
+SILENT = """
+import os, sys
+from pathlib import Path
+import numpy as np
+from federation.task.engine import Engine
+
+Engine(Path(sys.argv[1])).predict(np.zeros((6, 5), np.uint8))
+print(sum(len(files) for _, _, files in os.walk(sys.argv[2])))
+"""
+
+
+def test_onnxruntime_reports_to_nobody_and_marks_no_device(tmp_path: Path) -> None:
+    model, home = make_model(tmp_path), tmp_path / "home"
+    home.mkdir()
+    plain = {name: value for name, value in os.environ.items() if not name.startswith(("ORT_", "XDG_"))}
+    done = subprocess.run(
+        [sys.executable, "-c", SILENT, str(model), str(home)],
+        env=plain | {"HOME": str(home)},
+        capture_output=True,
+        text=True,
+        check=True,
+        timeout=120,
+    )
+    assert done.stdout == "0\n", "it has left an identifier, or events to send, below the home"
