@@ -5,7 +5,7 @@ from pathlib import Path
 import msgspec
 import pytest
 
-from aggregator.config import AggregatorConfig, RoundsConfig, TaskConfig
+from aggregator.config import AggregatorConfig, ReleaseConfig, RoundsConfig, TaskConfig
 from aggregator.privacy_config import PrivacyConfig, SampleConfig
 from aggregator.startup import check, settle_task
 from aggregator.store import Store
@@ -34,6 +34,7 @@ def test_encodings_that_can_be_combined(up: str, down: str) -> None:
             {"rounds": RoundsConfig(target_accuracy=0.9)},
             r"rounds\.target_accuracy is 0\.9.*set task\.holdout",
         ),
+        ({"release": ReleaseConfig(auto=True)}, r"release\.auto is on.*set release\.data or task\.holdout"),
     ],
 )
 def test_settings_that_cannot_work_are_refused_with_the_key_and_the_value(
