@@ -9,6 +9,7 @@ import pytest
 from release_folders import FEDERATION, PICTURES, exported, make_stable, pictures
 
 from aggregator.config import AggregatorConfig, ReleaseConfig
+from aggregator.records import StoredVersion
 from aggregator.release_checks import Order
 from aggregator.release_records import DELTA_FILE
 from aggregator.release_store import ReleaseStore
@@ -19,8 +20,10 @@ from federation.release import GOLDEN_FILE, MODEL_FILE, check_files
 from federation.task.checkpoint import CheckpointInfo, checkpoint_bytes
 from federation.task.engine import Engine
 from federation.task.model_delta import apply_delta
-from federation.wire.messages import TaskSpec
-from federation.wire.release import ModelFormat
+from federation.wire.messages import TaskSpec, TrainMetrics, UpdateOffer
+from federation.wire.release import ModelFormat, ReleasePrivacy
+from federation.wire.terms import Spent
+from federation.wire.transfer import make_ref
 
 RIGHT = 2 * PICTURES / (2 * PICTURES + 1)
 
@@ -160,6 +163,38 @@ def test_other_classes_must_be_meant(bench: Workbench) -> None:
         bench.release(other)
     made = bench.release(other, other_labels=True)
     assert any("1 new (night)" in remark for remark in made.remarks)
+
+
+def test_what_training_has_cost_is_signed_with_the_model(bench: Workbench) -> None:
+    spent = Spent(
+        epsilon=2.5,
+        round_epsilon=0.8,
+        delta=1e-5,
+        noise_multiplier=1.1,
+        clip_norm=1.5,
+        steps=100,
+        entry=4,
+        head="e" * 64,
+    )
+    for number, word in ((3, spent), (4, None)):
+        bench.store.open_round(number, 1, ("pi1",), base="0" * 64, encoding="float32", deadline_s=1.0)
+        offer = UpdateOffer(
+            run=bench.store.run,
+            round=number,
+            base="b" * 64,
+            object=make_ref(bytes(64), 64),
+            encoding="float32",
+            samples=1,
+            metrics=TrainMetrics(loss=None, accuracy=None, steps=1, train_s=1.0),
+            spent=word,
+        )
+        bench.store.record_update(number, "pi1", offer)
+        bench.store.close_round(number, 0.1, StoredVersion(f"{number:064x}", "full"))
+    private = bench.release(exported(bench.folder / "private", number=3)).stored.release
+    assert private.privacy == ReleasePrivacy(epsilon=2.5, delta=1e-5, level="sample")
+    made = bench.release(exported(bench.folder / "public", number=4, scale=2.0))
+    assert made.stored.release.privacy is None
+    assert any("had no sample-level noise (first 4)" in remark for remark in made.remarks)
 
 
 def test_the_order_of_the_classes_does_not_matter(bench: Workbench) -> None:

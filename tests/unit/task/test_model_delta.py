@@ -112,12 +112,12 @@ def test_models_that_differ_in_their_tensors(scheme: str) -> None:
 
 
 def test_empty_and_scalar_tensors() -> None:
-    before = {
+    before: Arrays = {
         "empty": np.zeros((0, 3), np.int8),
         "scalar": np.array(1, np.float32),
         "w": np.ones(9, np.int8),
     }
-    after = before | {"scalar": np.array(2, np.float32), "w": np.full(9, -128, np.int8)}
+    after: Arrays = before | {"scalar": np.array(2, np.float32), "w": np.full(9, -128, np.int8)}
     base, new = model(before), model(after)
     assert restored(base, make_delta(base, new), new) == new
 
@@ -172,6 +172,26 @@ def crafted(pieces: tuple[Piece, ...], packed: dict[int, tuple[Coding, bytes]]) 
     text = zlib.compress(msgspec.msgpack.encode(Header(pieces, streams)))
     data = b"".join(packed[place][1] for place in sorted(packed))
     return PREFIX.pack(MAGIC, len(text)) + text + data
+
+
+def test_a_delta_by_hand_as_the_protocol_describes_it() -> None:
+    old = bytes((10, 20, 30, 40)) + (1000).to_bytes(2, "little") + (70_000).to_bytes(4, "little")
+    old += np.array([100, -100, 3, -4], np.int8).tobytes()
+    pieces = [
+        [0, 2, 0, b""],  # literal "hi"
+        [1, 3, 1, b""],  # copy of 20, 30, 40
+        [2, 1, 0, b""],  # 10 + unzigzag(3) = 8
+        [3, 2, 4, b""],  # 1000 + unzigzag(0x0204) = 1258
+        [4, 4, 6, b""],  # 70000 + unzigzag(1) = 69999
+        # Rows (100, -100) times 16384 / 32768 and (3, -4) times 65535 / 32768; then 0, +1, 0, -1.
+        [5, 4, 10, (16384).to_bytes(2, "little") + (65535).to_bytes(2, "little")],
+    ]
+    streams = [b"hi", bytes((3, 0, 2, 0, 1)), b"\x04", b"\x02", b"\x01", b"\x00", b"\x00", b"\x00"]
+    header = zlib.compress(msgspec.msgpack.encode([pieces, [[0, len(stream)] for stream in streams]]))
+    delta = b"FDL1" + len(header).to_bytes(4, "little") + header + b"".join(streams)
+    new = b"hi" + bytes((20, 30, 40, 8)) + (1258).to_bytes(2, "little") + (69_999).to_bytes(4, "little")
+    new += np.array([50, -49, 6, -9], np.int8).tobytes()
+    assert restored(old, delta, new) == new
 
 
 BOMB = zlib.compress(bytes(64 * 2**20), 9)[2:-4]
