@@ -200,6 +200,7 @@ def _follow(stack: ExitStack, settings: "AgentConfig", bundle: Path, loop: "Infe
     from federation.bundle import read_bundle
 
     chosen = settings.inference
+    identity = read_bundle(bundle)  # first: a slip in its name must leave no folder behind
     slots = None
     if chosen.model == CURRENT:
         from edge_agent.inference.slots import Slots
@@ -207,7 +208,7 @@ def _follow(stack: ExitStack, settings: "AgentConfig", bundle: Path, loop: "Infe
         folder = Path(settings.state_dir) if settings.state_dir else default_state(bundle)
         slots = stack.enter_context(Slots(folder / MODELS))
     follower = Follower(
-        read_bundle(bundle),
+        identity,
         slots,
         follower_options(chosen, settings.max_rate),
         install=loop.install,

@@ -139,3 +139,10 @@ def test_torch_is_never_imported_and_memory_stays_small(tmp_path: Path, pictures
     assert (TORCH_SIDE | NOT_NEEDED).intersection(modules) == set()
     # VmHWM and not ru_maxrss: that one still counts the process which started this one.
     assert int(peak_kb) / 1024 < 80
+
+
+def test_a_slip_in_the_bundles_name_leaves_no_folder_behind(tmp_path: Path) -> None:
+    done = _infer(tmp_path / "missing.bundle.json", "--source", tmp_path)
+    assert done.returncode == 2
+    assert "no bundle at" in done.stderr
+    assert list(tmp_path.iterdir()) == []
