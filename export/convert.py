@@ -127,10 +127,13 @@ def export_model(
         latency_gate=latency_gate,
         tolerance=max(tolerance, FUSED_TOLERANCE),
     )
-    with tempfile.TemporaryDirectory(prefix="fedge-export-") as name:
-        chosen = choose(core, request, Path(name))
-        golden = make_golden(Engine(chosen.path), pictures.frames, chosen.card.provenance.weights)
-        content = chosen.path.read_bytes()
+    try:
+        with tempfile.TemporaryDirectory(prefix="fedge-export-") as name:
+            chosen = choose(core, request, Path(name))
+            golden = make_golden(Engine(chosen.path), pictures.frames, chosen.card.provenance.weights)
+            content = chosen.path.read_bytes()
+    except OSError as error:  # every variant is a file for a while
+        raise disk_error(error, Path(tempfile.gettempdir())) from error
     _write(folder, content, golden)
     return _report(folder, chosen, parity, info, wanted=format, frames=len(golden.frames))
 

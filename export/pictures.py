@@ -167,7 +167,10 @@ def _is_labelled(path: Path, task: TaskSpec) -> bool:
     """Whether a folder holds splits, or folders named after the task's labels."""
     if not path.is_dir():
         return False
-    inside = {entry.name for entry in path.iterdir() if entry.is_dir() and not entry.name.startswith(".")}
+    try:
+        inside = {entry.name for entry in path.iterdir() if entry.is_dir() and not entry.name.startswith(".")}
+    except OSError as error:
+        raise ConfigError(f"cannot list --data {path}: {error.strerror or error}") from error
     return bool(inside) and (inside <= _SPLITS or bool(inside & set(task.labels)))
 
 

@@ -133,6 +133,13 @@ def test_another_export_replaces_both_files(tmp_path: Path, digits: Path) -> Non
     )  # synthetic ones, of the model's own size or a quarter larger
 
 
+def test_no_room_for_variants_is_told(tmp_path: Path, digits: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path / "no-such-disk"))
+    with pytest.raises(ConfigError, match="no-such-disk"):
+        export_model(digits, tmp_path / "release")
+    assert not (tmp_path / "release").exists()
+
+
 def test_int8_without_pictures_is_refused(tmp_path: Path, digits: Path) -> None:
     with pytest.raises(ConfigError, match="--data"):
         export_model(digits, tmp_path / "release", format=ModelFormat.INT8)
