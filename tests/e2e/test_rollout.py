@@ -117,6 +117,7 @@ def test_releases_take_over_between_two_frames_and_none_is_lost(
     assert device.finish() == 0, device.tail()
     assert device.labelled == device.fed
     assert device.failed == 0
+    assert not device.logged("link_fault"), "the account's rights are enough"
     state = server.shows(lambda state: not state.online, "the goodbye")
     assert state.installed_version == "1"
     predictions = [
