@@ -10,7 +10,7 @@ from typing import Final
 from edge_agent.inference.rollout_events import Offer, Remember
 from federation.errors import ReleaseFault
 from federation.release import SignedManifest
-from federation.wire.release import Channel, Manifest, draw
+from federation.wire.release import Channel, Manifest, Release, draw
 
 PROVEN_REMEMBERED: Final = 16
 """Many times what a device keeps slots of."""
@@ -140,6 +140,11 @@ class Channels:
         if signed.manifest.expires_at <= wall or offer.sha256 in self.quarantine:
             return None
         return None if self._declined.get(offer.sha256, 0) >= offer.manifest else offer
+
+    def releases(self) -> list[Release]:
+        """What the channels name now, expired or not, meant for this device or not."""
+        named = (signed.manifest.release for signed in self._manifests.values())
+        return [release for release in named if release is not None]
 
     def decline(self, offer: Offer) -> None:
         """Refuse a release until a newer manifest names it: its bytes have done nothing wrong."""

@@ -158,8 +158,8 @@ def test_whatever_is_wrong_with_a_release_the_current_one_runs_on_and_the_fault_
     # What was signed, and is not to be taken up.
     server.announce(second, lifetime_s=-DAY_S)
     server.hears(2, REFUSED, ReleaseFault.EXPIRED)
-    server.announce(second, version=1)
-    server.hears(2, REFUSED, ReleaseFault.DOWNGRADE)
+    server.announce(server.make(22, good(tmp_path, 22)), version=1)
+    server.hears(22, REFUSED, ReleaseFault.DOWNGRADE)
     authority.version = 100
     future = Requirements(opset=900, ir_version=10, min_runtime="1.18", card_format="1")
     server.announce(server.make(3, good(tmp_path, 3), requirements=future))

@@ -314,6 +314,19 @@ def test_a_downgrade_is_refused_once_with_a_report_and_an_operator_can_go_back(s
     assert settled.running == 1
 
 
+def test_an_older_manifest_of_what_is_named_now_is_no_reason_to_speak_ill_of_it(settled: Device) -> None:
+    """As when a canary is widened, and a broker delivers the retained manifest after the newer one."""
+    canary = settled.authority.release(drawn(below=0.1))
+    narrow = settled.authority.manifest(canary, Channel.CANARY, share=0.1)
+    wide = settled.authority.manifest(canary, Channel.CANARY, share=0.5)
+    settled.goes_well(settled.arrives(wide))
+    settled.commands.clear()
+    assert settled.arrives(narrow) == []
+    assert settled.running == canary.number
+    settled.arrives(settled.authority.manifest(None, Channel.CANARY, version=wide.version + 1))
+    assert settled.arrives(wide) == [], "nor of what runs, whatever is named now"
+
+
 def test_what_this_device_cannot_run_is_refused_before_it_is_fetched_until_it_is_named_again(
     settled: Device,
 ) -> None:
