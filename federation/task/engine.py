@@ -4,7 +4,9 @@ The fastest way from a camera to a label is a model that was exported with ``--p
 ``Engine.predict(frame)`` with a uint8 array ``[height, width, 3]``: one run of one graph, nothing in Python for a pixel.
 """
 
+import ctypes
 import math
+import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -224,11 +226,20 @@ def _load(path: Path, threads: int) -> ort.InferenceSession:
     if not path.is_file():
         raise ConfigError(f"{path} is not a file: name a model that `model-export onnx` wrote")
     try:
-        return ort.InferenceSession(path, session_options(threads), providers=["CPUExecutionProvider"])
+        session = ort.InferenceSession(path, session_options(threads), providers=["CPUExecutionProvider"])
     except Exception as error:  # onnxruntime's exceptions share no base class
         raise ConfigError(
             f"{path} is not an ONNX model that onnxruntime {ort.__version__} can run: {error}"
         ) from error
+    _give_back()
+    return session
+
+
+def _give_back() -> None:
+    """Have glibc return what loading has freed: 8 of 71 MB with mobilenet_v3_small, which nothing here would ask for again."""
+    trim = getattr(ctypes.CDLL(None), "malloc_trim", None) if sys.platform == "linux" else None
+    if trim is not None:  # other C libraries have none
+        trim(0)
 
 
 def session_options(threads: int) -> ort.SessionOptions:
