@@ -69,6 +69,19 @@ class Processes:
         """Whether a child has ended."""
         return self.running[name].poll() is not None
 
+    def until_logged(self, name: str, event: str) -> None:
+        """Wait until a child has said something.
+
+        Raises:
+            ConfigError: If it ends before, or is silent for :data:`START_TIMEOUT_S`.
+        """
+        deadline = time.monotonic() + START_TIMEOUT_S
+        while event not in (self.logs / f"{name}.log").read_text(errors="replace"):
+            self.check()
+            if self.ended(name) or time.monotonic() > deadline:
+                raise ConfigError(f"{name} never said {event!r}:\n{self.tail(name)}")
+            time.sleep(POLL_S)
+
     def tail(self, name: str, lines: int = 12) -> str:
         """The end of a child's log."""
         return "\n".join((self.logs / f"{name}.log").read_text(errors="replace").splitlines()[-lines:])
@@ -103,21 +116,41 @@ def run_demo(*, data: str, folder: Path, agents: int, rounds: int, settings: Seq
     began = time.monotonic()
     _fresh(folder)
     state, logs = folder / "aggregator", folder / "logs"
+    names = [f"agent-{number}" for number in range(1, agents + 1)]
+    serve = (*_enrolled(folder, names), "--holdout", data, "--rounds", str(rounds), *_shape(agents, settings))
     with _processes(logs) as processes:
         console.print(
             f"[bold]fedge demo[/]: {agents} agents learn [bold]{data}[/] together; the data stays with each."
         )
-        _start(processes, data=data, folder=folder, agents=agents, rounds=rounds, settings=settings)
+        processes.start("aggregator", *serve, threads=1)
+        _start_agents(processes, names, data=data, folder=folder)
         report = _watch(console, processes, state, rounds)
         processes.stop()
         processes.check()
-    model = folder / "model" / "model.onnx"
+    _roll_out(console, serve, folder, data=data, bundle=_bundle(folder, names[0]))
+    _conclude(console, report, folder, _bundle(folder, names[0]), time.monotonic() - began)
+
+
+def _roll_out(console: Console, serve: Sequence[str], folder: Path, *, data: str, bundle: Path) -> None:
+    """From the last checkpoint to labels on a device, the way a real fleet gets them."""
     images = _unseen_images(data, folder / "unseen")
-    console.print("\n[bold]Export[/] to ONNX, with a parity check against torch:")
-    _show(console, "export.cli", "onnx", str(state), "-o", str(model.parent))
-    console.print("\n[bold]Inference[/] on unseen images, as a device does it (onnxruntime, no torch):")
-    _show(console, "edge_agent.cli", "infer", "--model", str(model), "--source", str(images))
-    _conclude(console, report, folder, model, time.monotonic() - began)
+    at = ("--state", str(folder / "aggregator"))
+    with _processes(folder / "logs") as processes:
+        processes.start("releases", *serve, "--stay", threads=1)
+        processes.until_logged("releases", "broker_connected")
+        console.print("\n[bold]Release[/]: exported, quantized if that costs nothing, signed, announced:")
+        _show(console, "aggregator.cli", "release", "--channel", "stable", *at)
+        console.print(
+            "\n[bold]Inference[/] on unseen images: a device fetches the release over MQTT, tests it, and runs it "
+            "(onnxruntime, no torch):"
+        )
+        _show(
+            console, "edge_agent.cli", "infer", str(bundle), "--source", str(images), "--log-level", "error"
+        )
+        console.print()
+        _show(console, "aggregator.cli", "releases", *at)
+        processes.stop()
+        processes.check()
 
 
 def _fresh(folder: Path) -> None:
@@ -138,32 +171,41 @@ def _processes(logs: Path) -> Iterator[Processes]:
         processes.stop()
 
 
-def _start(
-    processes: Processes, *, data: str, folder: Path, agents: int, rounds: int, settings: Sequence[str]
-) -> None:
+def _enrolled(folder: Path, names: Sequence[str]) -> tuple[str, ...]:
+    """Give every agent its bundle; the command that serves them."""
     state = folder / "aggregator"
-    names = [f"agent-{number}" for number in range(1, agents + 1)]
-    threads = max(1, (os.cpu_count() or 1) // agents)
     enrolment = Enrolment(state, FEDERATION)
     broker = EmbeddedBroker(enrolment, port=_free_port())
     for name in names:
-        write_bundle(folder / f"{name}.bundle.json", enrolment.enroll(name, broker_url=broker.url))
-    processes.start(
-        "aggregator",
+        write_bundle(_bundle(folder, name), enrolment.enroll(name, broker_url=broker.url))
+    return (
         *_python("aggregator.cli", "serve", "--federation", FEDERATION, "--state", str(state)),
-        *("--listen", f"{broker.host}:{broker.port}", "--holdout", data, "--rounds", str(rounds)),
+        *("--listen", f"{broker.host}:{broker.port}"),
+    )
+
+
+def _shape(agents: int, settings: Sequence[str]) -> tuple[str, ...]:
+    """What the run is like."""
+    return (
         *("--min-agents", str(agents), "--cohort-size", str(agents), "--epochs", "4", "--lr", "0.05"),
         *(part for setting in settings for part in ("--set", setting)),
-        threads=1,
     )
+
+
+def _start_agents(processes: Processes, names: Sequence[str], *, data: str, folder: Path) -> None:
+    threads = max(1, (os.cpu_count() or 1) // len(names))
     for number, name in enumerate(names, start=1):
-        share = f"{data}@dirichlet({SKEW}),agent={number}/{agents}"
+        share = f"{data}@dirichlet({SKEW}),agent={number}/{len(names)}"
         processes.start(
             name,
-            *_python("edge_agent.cli", "run", str(folder / f"{name}.bundle.json"), "--data", share),
+            *_python("edge_agent.cli", "run", str(_bundle(folder, name)), "--data", share),
             *("--threads", str(threads), "--telemetry", "2", "--log-format", "console"),
             threads=threads,
         )
+
+
+def _bundle(folder: Path, name: str) -> Path:
+    return folder / f"{name}.bundle.json"
 
 
 def _watch(console: Console, processes: Processes, state: Path, rounds: int) -> Report:
@@ -230,21 +272,23 @@ def _show(console: Console, module: str, *arguments: str) -> None:
     console.print(done.stdout.rstrip(), markup=False, highlight=False, soft_wrap=True)
 
 
-def _conclude(console: Console, report: Report, folder: Path, model: Path, seconds: float) -> None:
+def _conclude(console: Console, report: Report, folder: Path, bundle: Path, seconds: float) -> None:
     last = report.rounds[-1]
     accuracy = (
         "" if last.accuracy is None else f" to [bold]{last.accuracy:.1%}[/] on images that no agent has seen"
     )
+    state = folder / "aggregator"
     sent = sum(row.bytes_up for row in report.rounds) / 1e6
     console.print(
-        f"\n[bold]Done[/] in {seconds:.0f} s: {last.delivered} agents trained one model in {last.round} rounds{accuracy}.\n"
+        f"\n[bold]Done[/] in {seconds:.0f} s: {last.delivered} agents trained one model in {last.round} round{'s' if last.round > 1 else ''}{accuracy}.\n"
         f"They sent {sent:.1f} MB of updates and not one image.\n"
-        f"  model        {model}\n"
-        f"  checkpoints  {folder / 'aggregator' / 'checkpoints'}\n"
+        f"  release      {state / 'releases' / '1'}\n"
+        f"  checkpoints  {state / 'checkpoints'}\n"
         f"  logs         {folder / 'logs'}\n"
         "Next:\n"
-        f"  {_typed('aggregator')} status {folder / 'aggregator'}\n"
-        f"  {_typed('edge-agent')} infer --model {model} --source {folder / 'unseen'}\n"
+        f"  {_typed('aggregator')} status {state}\n"
+        f"  {_typed('edge-agent')} models {bundle}\n"
+        f"  {_typed('edge-agent')} infer {bundle} --source {folder / 'unseen'}\n"
         f"  {_typed('aggregator')} init            # write fedge.toml for a federation of your own",
         soft_wrap=True,
     )
