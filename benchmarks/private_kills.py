@@ -24,8 +24,8 @@ from benchmarks.fleets import Fleet, Run
 from benchmarks.processes import Child, Children
 from benchmarks.runner import BenchmarkError, Options, Results, say
 from benchmarks.watched_model import DATA, HEAD, MODEL, SAMPLES, WITNESS
-from edge_agent.places import default_state
 from edge_agent.guard import owner_of
+from edge_agent.places import default_state
 from federation.bundle import read_bundle
 from privacy.accounting import Spend, epsilon_pld
 from privacy.budget import steps_of

@@ -76,6 +76,17 @@ class Channels:
         since = 0.0 if self._learned_at is None else now - self._learned_at
         return max(wall, self._issued_at + since)
 
+    def rotate(self, keys: tuple[str, ...]) -> None:
+        """Pin other keys, and forget all that manifests of the former ones said.
+
+        Whoever stole the former key may have signed the highest version and the latest time that there are; nothing of the
+        owner's would ever be newer (a fast-forward attack; The Update Framework, specification 1.0, section 5.3.11).
+        """
+        self.keys = keys
+        self._versions, self._newest, self._issued_at, self._learned_at = {}, 0, 0.0, None
+        self._manifests, self._declined = {}, {}
+        self._remembered = self._memory()
+
     # --- manifests ------------------------------------------------------------------------------------------------
 
     def seen(self, channel: Channel) -> int:

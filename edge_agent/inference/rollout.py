@@ -186,6 +186,11 @@ class Rollout:
         self, signed: SignedManifest, channel: Channel, now: float, wall: float
     ) -> list[Command]:
         manifest = signed.manifest
+        if signed.signer:  # the successor: the present key is retired, before anything else is believed
+            held = self._unpinned.get(channel)
+            if held is None or held.manifest.version < manifest.version:
+                self._unpinned[channel] = signed
+            return self._pin(now)
         if manifest.version < self._channels.seen(channel):
             running = [] if self.current is None else [self.current.release]
             if manifest.release in (*running, *self._channels.releases()):
@@ -197,10 +202,6 @@ class Rollout:
             return self._refuse(manifest, ReleaseFault.DOWNGRADE, detail, wall)
         if not self._channels.is_news(signed):
             return []
-        if signed.signer:  # the successor: the present key is retired, before anything else is believed
-            self._unpinned[channel] = signed
-            return self._pin(now)
-        self._unpinned.pop(channel, None)
         return self._accept(signed, now)
 
     def _pin(self, now: float) -> list[Command]:
@@ -209,10 +210,9 @@ class Rollout:
         return [Pin((self.keys[signed.signer], signed.manifest.next_key.hex()))]
 
     def _pinned(self, keys: tuple[str, ...], now: float) -> list[Command]:
-        self._channels.keys = keys
+        self._channels.rotate(keys)
         waiting, self._unpinned = self._unpinned, {}
-        news = (signed for signed in waiting.values() if self._channels.is_news(signed))
-        return [command for signed in news for command in self._accept(signed, now)]
+        return [command for signed in waiting.values() for command in self._accept(signed, now)]
 
     def _accept(self, signed: SignedManifest, now: float) -> list[Command]:
         manifest = signed.manifest

@@ -165,7 +165,10 @@ Event = (
 
 @dataclass(frozen=True, slots=True)
 class Pin:
-    """Keep these keys on disk in place of the former, then feed :class:`Pinned`. Nothing is obeyed before."""
+    """Keep these keys on disk in place of the former, forget there what was seen of manifests, then feed :class:`Pinned`.
+
+    Nothing is obeyed before.
+    """
 
     keys: tuple[str, ...]
 

@@ -69,12 +69,12 @@ class RolloutMemory:
         )
 
     def pin(self, keys: tuple[str, ...]) -> None:
-        """Keep these keys in place of the former.
+        """Keep these keys in place of the former, and forget what was seen of manifests that the former signed.
 
         Raises:
             ConfigError: If the disk is full or not writable: the former keys still count.
         """
-        self._write(msgspec.structs.replace(self._content, keys=keys))
+        self._write(msgspec.structs.replace(self._content, keys=keys, versions={}, newest=0, issued_at=0.0))
 
     def remember(self, command: Remember) -> None:
         """Keep what protects from old manifests.

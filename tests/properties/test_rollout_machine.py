@@ -315,7 +315,7 @@ class Device(RuleBasedStateMachine):
         match command:
             case Pin(keys):
                 assert keys[0] == self.table.keys[1], "the successor, and nobody else"
-                disk.known = replaced(disk.known, keys=keys)
+                disk.known = Known(keys, proven=disk.known.proven)
                 self.events.append(Pinned(keys))
             case Remember(versions, newest, issued_at, proven):
                 for channel, version in disk.known.versions.items():
@@ -363,10 +363,6 @@ class Device(RuleBasedStateMachine):
 
     def check(self, state: RolloutState, sha256: str) -> None:
         assert state is not RolloutState.CONFIRMED or sha256 in self.passed
-
-
-def replaced(known: Known, keys: tuple[str, ...]) -> Known:
-    return Known(keys, known.versions, known.newest, known.issued_at, known.proven)
 
 
 TestDevice = Device.TestCase

@@ -1,5 +1,6 @@
 """edge_agent.inference.rollout: which release a device takes, and what it does with one that is no good."""
 
+import msgspec
 import pytest
 from release_authority import DAY_S, Authority
 from rollout_device import AGENT, GOOD, SETTINGS, Device, kinds
@@ -382,13 +383,30 @@ def test_the_present_key_never_changes_pins(device: Device) -> None:
     assert device.table.keys == keys
 
 
-def test_a_downgrade_signed_by_the_successor_does_not_rotate_keys(settled: Device) -> None:
-    keys = settled.table.keys
-    old = settled.authority.manifest(settled.authority.release(2), version=1)
-    settled.authority.version = 5
-    settled.arrives(settled.authority.manifest(None))
-    assert Pin not in kinds(settled.arrives(old, signer=1))
-    assert settled.table.keys == keys
+def test_a_thief_of_the_present_key_cannot_outrun_the_owner(settled: Device) -> None:
+    authority = settled.authority
+    own = authority.manifest(authority.release(2))
+    authority.issued_at, year = settled.wall, 365 * 86400
+    stolen = authority.manifest(authority.release(3), version=2**40, lifetime_s=100 * year)
+    settled.arrives(msgspec.structs.replace(stolen, issued_at=settled.wall + 50 * year))
+    assert settled.table.target is not None
+    assert settled.table.target.release.number == 3
+    commands = settled.arrives(own, signer=1)
+    assert kinds(commands) == [Pin]
+    settled.goes_well(commands)
+    assert settled.running == 2
+    assert settled.table.keys[0] == authority.keys[1]
+    remembered = [command for command in settled.commands if isinstance(command, Remember)][-1]
+    assert remembered.versions == {Channel.STABLE: own.version}
+    assert remembered.issued_at == own.issued_at
+
+
+def test_of_two_manifests_that_rotate_keys_the_newer_counts(settled: Device) -> None:
+    authority = settled.authority
+    older, newer = authority.manifest(authority.release(2)), authority.manifest(authority.release(3))
+    settled.arrives(newer, signer=1)
+    settled.goes_well(settled.arrives(older, signer=1))
+    assert settled.running == 3
 
 
 def test_manifests_of_both_channels_that_the_successor_signed_are_taken_with_one_rotation(
