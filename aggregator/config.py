@@ -115,7 +115,7 @@ class ReleaseConfig(Table, frozen=True):
         stay: Go on serving releases after the last round, until stopped.
         format: Number format that is tried: "int8", "fp16" or "fp32"; a model that loses too much, or gains no speed, is released as fp32, and why is said.
         preprocess: "fused" puts resizing and normalising into the model, "none" leaves them to the device.
-        data: Pictures for calibration and for the accuracy gate, e.g. "imagefolder:PATH"; empty: task.holdout.
+        data: Pictures for calibration and for the accuracy gate, e.g. "imagefolder:PATH"; a dozen of them travel to every device as the golden set. Empty: task.holdout.
         max_drop: Percentage points of accuracy that a format may cost against float32.
         max_regression: Percentage points below the current release at which an automatic release is not made.
         canary: Share of the devices that get a release first; 1 releases to all at once.
