@@ -372,6 +372,11 @@ class Rounds:
             return least
         return max(least, self.masked.min_agents, quorum_of(len(self.cohort), 1 - self.masked.dropouts, 1))
 
+    @property
+    def over(self) -> bool:
+        """Whether the closed rounds so far end the run."""
+        return bool(self._finished())
+
     def _pending(self) -> Iterable[str]:
         return (agent for agent in self.cohort if agent not in self.delivered and agent not in self.out)
 

@@ -215,7 +215,9 @@ class Service:
         self._link.start()
         try:
             self._link.wait_connected(self._config.broker.connect_timeout_s)
-            if self._config.task.holdout:
+            if self._config.task.holdout and (
+                self._interrupted or self._unevaluated or not self._rounds.over
+            ):
                 info = CheckpointInfo(federation=self._config.federation, round=0, task=self._task)
                 self._evaluation.prepare(self._config.task.holdout, info)
             self._releases.start(time.monotonic())

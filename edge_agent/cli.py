@@ -7,8 +7,8 @@ from typing import TYPE_CHECKING, Annotated, NoReturn
 import typer
 
 from edge_agent.inference.command import infer
-from edge_agent.inference.models_command import models
 from edge_agent.places import default_state
+from edge_agent.releases.models_command import models
 from edge_agent.service_command import install_service
 from federation import __version__
 from federation.cli import new_app, run

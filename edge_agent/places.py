@@ -3,7 +3,7 @@
 from pathlib import Path
 
 MODELS = "models"
-"""Folder of releases (``edge_agent.inference.slots``), within the state."""
+"""Folder of releases (``edge_agent.releases.slots``), within the state."""
 
 
 def default_state(bundle: Path) -> Path:

@@ -121,6 +121,10 @@ class ReleaseError(FedgeError):
         self.detail = detail
 
 
+class NonFiniteError(VerificationError):
+    """A model answered with NaN or infinity."""
+
+
 class BudgetExhaustedError(FedgeError):
     """The privacy budget is spent: stop taking part."""
 

@@ -4,10 +4,10 @@ from dataclasses import dataclass, field
 
 from release_authority import Authority
 
-from edge_agent.inference.channels import Known
 from edge_agent.inference.health import Health
-from edge_agent.inference.rollout import Rollout
-from edge_agent.inference.rollout_events import (
+from edge_agent.releases.channels import Known
+from edge_agent.releases.rollout import Rollout
+from edge_agent.releases.rollout_events import (
     Activate,
     Activated,
     Command,
@@ -28,7 +28,7 @@ from edge_agent.inference.rollout_events import (
     ShowState,
     Started,
 )
-from edge_agent.inference.rollout_work import Settings
+from edge_agent.releases.rollout_work import Settings
 from federation.errors import ReleaseFault
 from federation.release import SignedManifest
 from federation.wire.release import Channel, Manifest, Release, ReleaseReport, Requirements, RolloutState

@@ -5,8 +5,8 @@ from dataclasses import dataclass
 
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
-from edge_agent.inference.slot_files import Slot
-from edge_agent.inference.slots import Slots
+from edge_agent.releases.slot_files import Slot
+from edge_agent.releases.slots import Slots
 from federation.wire.messages import ObjectRef
 from federation.wire.release import Channel, Manifest, ModelFormat, Release, ReleaseDelta, Requirements
 from federation.wire.signing import AGGREGATOR, Purpose, private_key_bytes, seal

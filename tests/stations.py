@@ -13,12 +13,12 @@ from memory_link import MemoryBroker, MemoryLink
 from release_authority import Authority, Files, key_of
 
 from edge_agent.inference.feed import Feed, Frame, Problem
-from edge_agent.inference.follower import Follower
 from edge_agent.inference.loop import InferenceLoop
-from edge_agent.inference.options import FollowerOptions
-from edge_agent.inference.rollout_work import Settings
 from edge_agent.inference.sinks import Sink
-from edge_agent.inference.slots import Slots
+from edge_agent.releases.follower import Follower
+from edge_agent.releases.options import FollowerOptions
+from edge_agent.releases.rollout_work import Settings
+from edge_agent.releases.slots import Slots
 from federation.bundle import Bundle
 from federation.errors import ReleaseFault
 from federation.wire.link import Link, MakeLink

@@ -194,16 +194,16 @@ def _outputs(stack: ExitStack, feed: "Feed", settings: "InferenceConfig", *, as_
 
 def _follow(stack: ExitStack, settings: "AgentConfig", bundle: Path, loop: "InferenceLoop") -> None:
     """Begin to follow releases, if they are wanted, and to send predictions, if they are; ended when the stack is."""
-    from edge_agent.inference.follower import Follower
-    from edge_agent.inference.options import follower_options
     from edge_agent.inference.sinks import Changes, MqttSink
+    from edge_agent.releases.follower import Follower
+    from edge_agent.releases.options import follower_options
     from federation.bundle import read_bundle
 
     chosen = settings.inference
     identity = read_bundle(bundle)  # first: a slip in its name must leave no folder behind
     slots = None
     if chosen.model == CURRENT:
-        from edge_agent.inference.slots import Slots
+        from edge_agent.releases.slots import Slots
 
         folder = Path(settings.state_dir) if settings.state_dir else default_state(bundle)
         slots = stack.enter_context(Slots(folder / MODELS))

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 from edge_agent.inference.feed import Feed, Frame, Problem
 from edge_agent.inference.health import Health, Latencies
 from edge_agent.inference.sinks import Sink, Summary
-from federation.errors import VerificationError
+from federation.errors import NonFiniteError
 from federation.wire.predictions import PredictionMessage
 
 if TYPE_CHECKING:
@@ -196,7 +196,7 @@ class InferenceLoop:
     def _label(self, frame: Frame, running: _Running) -> None:
         try:
             prediction = running.engine.predict(frame.image)
-        except VerificationError as error:
+        except NonFiniteError as error:
             running.non_finite += 1
             self._fail(frame, error)
         except Exception as error:  # noqa: BLE001 - whatever one frame does to onnxruntime, the next has its turn

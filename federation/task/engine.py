@@ -17,7 +17,7 @@ import onnxruntime as ort
 from msgspec import Struct
 from PIL import Image
 
-from federation.errors import ConfigError, VerificationError
+from federation.errors import ConfigError, NonFiniteError, VerificationError
 from federation.task.halving import halve
 from federation.task.model_card import ModelCard
 from federation.task.preprocessing import PICTURE_MODES
@@ -312,5 +312,5 @@ def _unshapely(found: Sequence[tuple[int, ...]], promised: Sequence[tuple[int, .
     )
 
 
-def _not_finite() -> VerificationError:
-    return VerificationError("the model answered with NaN or infinity: export it again from another round")
+def _not_finite() -> NonFiniteError:
+    return NonFiniteError("the model answered with NaN or infinity: export it again from another round")

@@ -21,8 +21,8 @@ from processes import Process, run_command
 from slot_releases import made, put
 
 from aggregator.enrolment import Enrolment
-from edge_agent.inference.slots import Slots
 from edge_agent.places import MODELS, default_state
+from edge_agent.releases.slots import Slots
 from federation.bundle import write_bundle
 from federation.wire.link import Message
 from federation.wire.messages import decode_json

@@ -27,7 +27,7 @@ from release_authority import (
     pictures,
 )
 
-from edge_agent.inference.slots import Slots
+from edge_agent.releases.slots import Slots
 from federation.bundle import write_bundle
 from federation.errors import ReleaseFault
 from federation.task.model_delta import make_delta

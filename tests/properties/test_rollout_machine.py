@@ -1,4 +1,4 @@
-"""edge_agent.inference.rollout under any order of manifests, faults, frames and power cuts."""
+"""edge_agent.releases.rollout under any order of manifests, faults, frames and power cuts."""
 
 from dataclasses import dataclass, field
 
@@ -7,10 +7,10 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 from release_authority import Authority, key_of
 
-from edge_agent.inference.channels import Known
 from edge_agent.inference.health import Health
-from edge_agent.inference.rollout import Rollout
-from edge_agent.inference.rollout_events import (
+from edge_agent.releases.channels import Known
+from edge_agent.releases.rollout import Rollout
+from edge_agent.releases.rollout_events import (
     Activate,
     Activated,
     Adopt,
@@ -38,7 +38,7 @@ from edge_agent.inference.rollout_events import (
     StopWork,
     Tick,
 )
-from edge_agent.inference.rollout_work import Settings, Stage
+from edge_agent.releases.rollout_work import Settings, Stage
 from federation.errors import ReleaseFault
 from federation.release import SignedManifest
 from federation.wire.release import Channel, Release, RolloutState

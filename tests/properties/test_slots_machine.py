@@ -14,9 +14,9 @@ from hypothesis import strategies as st
 from power_cuts import Disk, PowerCut
 from slot_releases import made, put
 
-from edge_agent.inference.probation import read_trial
-from edge_agent.inference.slot_files import CURRENT, PREVIOUS, installed, linked
-from edge_agent.inference.slots import Slots
+from edge_agent.releases.probation import read_trial
+from edge_agent.releases.slot_files import CURRENT, PREVIOUS, installed, linked
+from edge_agent.releases.slots import Slots
 from federation.errors import ReleaseError, ReleaseFault
 
 RELEASES = {number: made(number) for number in range(1, 5)}

@@ -123,7 +123,11 @@ def test_torch_waits_until_a_function_needs_it(path: Path) -> None:
 def test_inference_needs_the_base_install_only() -> None:
     """Follow what is imported, also within functions, through our own modules."""
     modules = {".".join(path.relative_to(REPOSITORY).with_suffix("").parts): path for path in SOURCES}
-    start = [name for name in modules if name.startswith(("edge_agent.inference", "federation.task.engine"))]
+    start = [
+        name
+        for name in modules
+        if name.startswith(("edge_agent.inference", "edge_agent.releases", "federation.task.engine"))
+    ]
     seen: dict[str, str] = dict.fromkeys(start, "")
     queue = list(start)
     while queue:
@@ -146,6 +150,17 @@ def test_nothing_unpickles(path: Path) -> None:
         if isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute)
     ]
     assert not [call for call in loads if ast.unparse(call) in {"torch.load", "np.load", "numpy.load"}]
+
+
+def test_releases_know_of_the_frames_only_how_they_go() -> None:
+    sources = [path for path in SOURCES if path.is_relative_to(REPOSITORY / "edge_agent" / "releases")]
+    found = {name for path in sources for name in imported(ast.walk(parsed(path)))}
+    known = {
+        name.removeprefix("edge_agent.inference.").partition(".")[0]
+        for name in found
+        if name.startswith("edge_agent.inference.")
+    }
+    assert known == {"health"}
 
 
 def test_every_file_is_called_after_what_it_holds() -> None:

@@ -106,7 +106,7 @@ def self_test(
     limits = [str(number) for number in (threads, max_latency_ms, max_memory_mb, timeout_s)]
     try:
         child = subprocess.Popen(
-            [sys.executable, "-m", "edge_agent.inference.self_test_child", str(folder.absolute()), *limits],
+            [sys.executable, "-m", "edge_agent.releases.self_test_child", str(folder.absolute()), *limits],
             stdin=subprocess.DEVNULL,
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,

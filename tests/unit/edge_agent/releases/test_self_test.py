@@ -1,4 +1,4 @@
-"""edge_agent.inference.self_test: what a device finds out about a release before it trusts it, in a process that may die."""
+"""edge_agent.releases.self_test: what a device finds out about a release before it trusts it, in a process that may die."""
 
 import math
 import os
@@ -17,7 +17,7 @@ import pytest
 from brokers import until
 from linear_model import card, make_model
 
-from edge_agent.inference.self_test import TestReport, TestStoppedError, self_test
+from edge_agent.releases.self_test import TestReport, TestStoppedError, self_test
 from federation.errors import ReleaseError, ReleaseFault
 from federation.release import GOLDEN_FILE, MODEL_FILE
 from federation.task.engine import Engine
@@ -234,7 +234,7 @@ def test_the_child_gets_no_secrets(folder: Path, tmp_path: Path, monkeypatch: py
 def start_child(folder: Path, timeout_s: float) -> "subprocess.Popen[bytes]":
     """A child whose parent was killed: nobody waits for it."""
     arguments = [str(folder), "1", "0", str(ROOMY_MB), str(timeout_s)]
-    command = [sys.executable, "-m", "edge_agent.inference.self_test_child", *arguments]
+    command = [sys.executable, "-m", "edge_agent.releases.self_test_child", *arguments]
     return subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
 
 

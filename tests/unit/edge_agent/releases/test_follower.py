@@ -1,4 +1,4 @@
-"""edge_agent.inference.follower: over a link in memory, with real slots, real self-tests and a real loop over frames."""
+"""edge_agent.releases.follower: over a link in memory, with real slots, real self-tests and a real loop over frames."""
 
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -10,10 +10,10 @@ from memory_link import MemoryBroker
 from release_authority import Authority, blind_to_white, good, key_of
 from stations import AGENT, TOPICS, MemoryServer, Pictures, Station, bundle_of, options_of
 
-from edge_agent.inference import follower as follower_module
-from edge_agent.inference.follower import Follower
-from edge_agent.inference.options import FollowerOptions
-from edge_agent.inference.rollout_memory import FILE
+from edge_agent.releases import follower as follower_module
+from edge_agent.releases.follower import Follower
+from edge_agent.releases.options import FollowerOptions
+from edge_agent.releases.rollout_memory import FILE
 from federation.errors import ReleaseFault
 from federation.task.model_delta import make_delta
 from federation.wire.predictions import PredictionMessage

@@ -1,4 +1,4 @@
-"""edge_agent.inference.release_fetch: a release comes whole into a slot, or its failure is told."""
+"""edge_agent.releases.release_fetch: a release comes whole into a slot, or its failure is told."""
 
 import errno
 import os
@@ -9,9 +9,9 @@ import pytest
 from memory_link import ADDRESS, MemoryBroker, MemoryLink
 from release_authority import Authority
 
-from edge_agent.inference.release_fetch import ReleaseFetch
-from edge_agent.inference.rollout_events import Failed, Fetch, Fetched, Offer
-from edge_agent.inference.slots import Slots
+from edge_agent.releases.release_fetch import ReleaseFetch
+from edge_agent.releases.rollout_events import Failed, Fetch, Fetched, Offer
+from edge_agent.releases.slots import Slots
 from federation.errors import ReleaseFault
 from federation.task.model_delta import make_delta
 from federation.wire.inbox import LinkEvent, Message

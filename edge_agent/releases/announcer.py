@@ -3,9 +3,9 @@
 import msgspec
 import structlog
 
-from edge_agent.inference.discovery import announcements
-from edge_agent.inference.options import FollowerOptions
-from edge_agent.inference.rollout_events import ShowState
+from edge_agent.releases.discovery import announcements
+from edge_agent.releases.options import FollowerOptions
+from edge_agent.releases.rollout_events import ShowState
 from federation.bundle import Bundle
 from federation.errors import TransportError
 from federation.wire.interface import LinkLike

@@ -7,7 +7,7 @@ difference: an expired manifest stops what is new, and nothing that runs. A plai
 from dataclasses import dataclass, field
 from typing import Final
 
-from edge_agent.inference.rollout_events import Offer, Remember
+from edge_agent.releases.rollout_events import Offer, Remember
 from federation.errors import ReleaseFault
 from federation.release import SignedManifest
 from federation.wire.release import Channel, Manifest, Release, draw

@@ -1,14 +1,14 @@
-"""edge_agent.inference.rollout: which release a device takes, and what it does with one that is no good."""
+"""edge_agent.releases.rollout: which release a device takes, and what it does with one that is no good."""
 
 import msgspec
 import pytest
 from release_authority import DAY_S, Authority
 from rollout_device import AGENT, GOOD, SETTINGS, Device, kinds
 
-from edge_agent.inference.channels import Known
 from edge_agent.inference.health import Health
-from edge_agent.inference.rollout import SLOW_TESTS, WRONG_HASHES
-from edge_agent.inference.rollout_events import (
+from edge_agent.releases.channels import Known
+from edge_agent.releases.rollout import SLOW_TESTS, WRONG_HASHES
+from edge_agent.releases.rollout_events import (
     Activate,
     Activated,
     Adopt,
@@ -29,7 +29,7 @@ from edge_agent.inference.rollout_events import (
     StopWork,
     Tick,
 )
-from edge_agent.inference.rollout_work import Settings, Stage
+from edge_agent.releases.rollout_work import Settings, Stage
 from federation.errors import ReleaseFault
 from federation.wire.release import Channel, Release, RolloutState, draw
 

@@ -7,8 +7,8 @@ import msgspec
 import structlog
 from msgspec import Struct
 
-from edge_agent.inference.parts import remove
-from edge_agent.inference.slot_files import DAMAGED, PROBATION_FILE, SLOTS
+from edge_agent.releases.parts import remove
+from edge_agent.releases.slot_files import DAMAGED, PROBATION_FILE, SLOTS
 from federation.errors import ConfigError
 from federation.files import write_whole
 from federation.wire.fields import Count, NonNegative

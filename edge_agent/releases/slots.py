@@ -18,11 +18,11 @@ from typing import Self
 
 import structlog
 
-from edge_agent.inference.folder_lock import FolderLock
-from edge_agent.inference.parts import Parts, full_disk, remove
-from edge_agent.inference.probation import Probation, Trial
-from edge_agent.inference.quarantine import Quarantine
-from edge_agent.inference.slot_files import (
+from edge_agent.releases.folder_lock import FolderLock
+from edge_agent.releases.parts import Parts, full_disk, remove
+from edge_agent.releases.probation import Probation, Trial
+from edge_agent.releases.quarantine import Quarantine
+from edge_agent.releases.slot_files import (
     CURRENT,
     LOCK_FILE,
     PARTS,

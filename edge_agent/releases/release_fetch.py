@@ -5,9 +5,9 @@ from typing import Final
 
 import structlog
 
-from edge_agent.inference.rollout_events import Failed, Fetch, Fetched
-from edge_agent.inference.slots import Slots
 from edge_agent.pulling import Pull
+from edge_agent.releases.rollout_events import Failed, Fetch, Fetched
+from edge_agent.releases.slots import Slots
 from federation.errors import FedgeError, ReleaseError, ReleaseFault
 from federation.logs import Sparingly
 from federation.wire.interface import LinkLike

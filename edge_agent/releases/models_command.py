@@ -28,7 +28,7 @@ def models(
     """
     import msgspec
 
-    from edge_agent.inference.models_report import collect, render, take_out
+    from edge_agent.releases.models_report import collect, render, take_out
 
     if state is None and bundle is None:
         raise ConfigError("whose models? Give this device's BUNDLE, or --state")

@@ -8,8 +8,8 @@ import msgspec
 import structlog
 from msgspec import Meta, Struct
 
-from edge_agent.inference.parts import remove
-from edge_agent.inference.slot_files import DAMAGED, QUARANTINE, entries
+from edge_agent.releases.parts import remove
+from edge_agent.releases.slot_files import DAMAGED, QUARANTINE, entries
 from federation.errors import ConfigError, ReleaseFault
 from federation.files import write_whole
 from federation.wire.fields import NonNegative, Sha256, Text

@@ -15,9 +15,9 @@ has passed its self-test, and what a rollback leads to has passed its probation.
 from collections.abc import Callable
 from typing import Final
 
-from edge_agent.inference.channels import Channels, Known
 from edge_agent.inference.health import Health
-from edge_agent.inference.rollout_events import (
+from edge_agent.releases.channels import Channels, Known
+from edge_agent.releases.rollout_events import (
     Activate,
     Activated,
     Adopt,
@@ -44,7 +44,7 @@ from edge_agent.inference.rollout_events import (
     StopWork,
     Tick,
 )
-from edge_agent.inference.rollout_work import Settings, Stage, Trial, Work
+from edge_agent.releases.rollout_work import Settings, Stage, Trial, Work
 from federation.errors import ReleaseFault
 from federation.release import SignedManifest
 from federation.wire.release import Channel, Manifest, ReleaseReport, Requirements, RolloutState

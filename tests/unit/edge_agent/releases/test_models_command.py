@@ -12,8 +12,8 @@ from slot_releases import made, put
 from typer.testing import CliRunner
 
 from edge_agent.cli import app
-from edge_agent.inference.slots import Slots
 from edge_agent.places import MODELS
+from edge_agent.releases.slots import Slots
 from federation.errors import ConfigError, ReleaseFault
 from federation.release import MODEL_FILE
 
@@ -124,6 +124,6 @@ def test_the_state_may_be_elsewhere(tmp_path: Path) -> None:
 def test_it_costs_the_other_commands_nothing() -> None:
     code = (
         "import sys, edge_agent.cli; "
-        "assert not {'cryptography', 'edge_agent.inference.models_report'} & sys.modules.keys()"
+        "assert not {'cryptography', 'edge_agent.releases.models_report'} & sys.modules.keys()"
     )
     subprocess.run([sys.executable, "-c", code], check=True, timeout=120)

@@ -1,4 +1,4 @@
-"""edge_agent.inference.slots: what is installed, current, on probation, in quarantine, and what is thrown away."""
+"""edge_agent.releases.slots: what is installed, current, on probation, in quarantine, and what is thrown away."""
 
 import errno
 import os
@@ -15,9 +15,9 @@ import pytest
 from brokers import until
 from slot_releases import CHUNK_BYTES, Made, fetch, made, put
 
-from edge_agent.inference import parts
-from edge_agent.inference.probation import CRASHES
-from edge_agent.inference.slots import Slots
+from edge_agent.releases import parts
+from edge_agent.releases.probation import CRASHES
+from edge_agent.releases.slots import Slots
 from federation.errors import ConfigError, ReleaseError, ReleaseFault
 from federation.release import GOLDEN_FILE, MODEL_FILE
 from federation.task.model_delta import make_delta
@@ -379,7 +379,7 @@ ACTIVATIONS = """
 import sys
 from pathlib import Path
 from slot_releases import made, put
-from edge_agent.inference.slots import Slots
+from edge_agent.releases.slots import Slots
 from federation.errors import ReleaseFault
 number = int(sys.argv[2])
 with Slots(Path(sys.argv[1])) as slots:

@@ -1,11 +1,11 @@
-"""edge_agent.inference.runtime: what the installed onnxruntime says it can run, held against what it does run."""
+"""edge_agent.releases.runtime: what the installed onnxruntime says it can run, held against what it does run."""
 
 import onnx
 import onnxruntime as ort
 import pytest
 from onnx import TensorProto, helper
 
-from edge_agent.inference.runtime import objection
+from edge_agent.releases.runtime import objection
 from federation.wire.release import Requirements
 
 

@@ -1,11 +1,11 @@
-"""edge_agent.inference.discovery: what Home Assistant reads, its templates rendered as it renders them."""
+"""edge_agent.releases.discovery: what Home Assistant reads, its templates rendered as it renders them."""
 
 import json
 from typing import Any
 
 import jinja2
 
-from edge_agent.inference.discovery import announcements
+from edge_agent.releases.discovery import announcements
 from federation.wire.messages import encode_json
 from federation.wire.predictions import ModelState, PredictionMessage
 from federation.wire.topics import Topics

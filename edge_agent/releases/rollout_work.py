@@ -5,7 +5,7 @@ from enum import StrEnum
 from typing import Final
 
 from edge_agent.inference.health import Health
-from edge_agent.inference.rollout_events import Fetch, Offer
+from edge_agent.releases.rollout_events import Fetch, Offer
 from federation.errors import ReleaseFault
 from federation.wire.release import Channel
 

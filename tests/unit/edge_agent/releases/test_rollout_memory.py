@@ -1,13 +1,13 @@
-"""edge_agent.inference.rollout_memory: what must survive, and what becomes of a file that did not."""
+"""edge_agent.releases.rollout_memory: what must survive, and what becomes of a file that did not."""
 
 from pathlib import Path
 
 import pytest
 import structlog
 
-from edge_agent.inference.channels import Known
-from edge_agent.inference.rollout_events import Remember
-from edge_agent.inference.rollout_memory import RolloutMemory
+from edge_agent.releases.channels import Known
+from edge_agent.releases.rollout_events import Remember
+from edge_agent.releases.rollout_memory import RolloutMemory
 from federation.errors import ConfigError
 from federation.wire.release import Channel
 
@@ -24,11 +24,18 @@ def test_it_begins_with_the_keys_of_the_bundle(tmp_path: Path) -> None:
     assert memory(tmp_path / "file").known({}) == Known(ENROLLED)
 
 
-def test_keys_and_versions_survive_each_other_and_the_process(tmp_path: Path) -> None:
+def test_other_keys_begin_anew_but_for_what_has_proven_itself(tmp_path: Path) -> None:
+    kept = memory(tmp_path / "file")
+    kept.remember(REMEMBER)
+    kept.pin(ROTATED)
+    assert memory(tmp_path / "file").known({}) == Known(ROTATED, proven=REMEMBER.proven)
+
+
+def test_keys_and_versions_survive_the_process(tmp_path: Path) -> None:
     path = tmp_path / "file"
     first = memory(path)
-    first.remember(REMEMBER)
     first.pin(ROTATED)
+    first.remember(REMEMBER)
     quarantine = {"e" * 64: "broken: it is so"}
     expected = Known(ROTATED, REMEMBER.versions, 9, 123.5, REMEMBER.proven, quarantine)
     assert memory(path).known(quarantine) == expected
@@ -60,4 +67,4 @@ def test_what_could_not_be_written_is_written_with_the_next(tmp_path: Path) -> N
         kept.remember(REMEMBER)
     path.rmdir()
     kept.pin(ROTATED)
-    assert memory(path).known({}).newest == REMEMBER.newest
+    assert memory(path).known({}).proven == REMEMBER.proven

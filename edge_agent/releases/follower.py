@@ -14,13 +14,13 @@ from typing import Final
 
 import structlog
 
-from edge_agent.inference.announcer import Announcer, farewell, is_farewell
 from edge_agent.inference.health import Health
-from edge_agent.inference.installer import TEST_END_S, Install, Installer
-from edge_agent.inference.options import FollowerOptions
-from edge_agent.inference.release_fetch import ReleaseFetch
-from edge_agent.inference.rollout import Rollout
-from edge_agent.inference.rollout_events import (
+from edge_agent.releases.announcer import Announcer, farewell, is_farewell
+from edge_agent.releases.installer import TEST_END_S, Install, Installer
+from edge_agent.releases.options import FollowerOptions
+from edge_agent.releases.release_fetch import ReleaseFetch
+from edge_agent.releases.rollout import Rollout
+from edge_agent.releases.rollout_events import (
     Activate,
     Adopt,
     Command,
@@ -43,8 +43,8 @@ from edge_agent.inference.rollout_events import (
     StopWork,
     Tick,
 )
-from edge_agent.inference.rollout_memory import FILE, RolloutMemory
-from edge_agent.inference.slots import Slots
+from edge_agent.releases.rollout_memory import FILE, RolloutMemory
+from edge_agent.releases.slots import Slots
 from federation.bundle import Bundle, address
 from federation.errors import ConfigError, ReleaseError, ReleaseFault
 from federation.release import open_manifest
@@ -389,6 +389,6 @@ class Follower:
 
 
 def _objection(requirements: Requirements) -> str:
-    from edge_agent.inference.runtime import objection  # onnxruntime: not needed before the first release
+    from edge_agent.releases.runtime import objection  # onnxruntime: not needed before the first release
 
     return objection(requirements)

@@ -8,9 +8,9 @@ from pathlib import Path
 
 from msgspec import Struct
 
-from edge_agent.inference.probation import read_trial
-from edge_agent.inference.quarantine import Quarantine, Quarantined
-from edge_agent.inference.slot_files import CURRENT, PREVIOUS, Slot, installed, linked
+from edge_agent.releases.probation import read_trial
+from edge_agent.releases.quarantine import Quarantine, Quarantined
+from edge_agent.releases.slot_files import CURRENT, PREVIOUS, Slot, installed, linked
 from federation.errors import ConfigError, ReleaseError
 from federation.release import check_files
 

@@ -4,7 +4,7 @@ from dataclasses import dataclass
 from typing import Final
 
 from edge_agent.config import InferenceConfig
-from edge_agent.inference.rollout_work import Settings
+from edge_agent.releases.rollout_work import Settings
 from federation.wire.rate import parse_rate
 
 UNPACED_LATENCY_MS: Final = 1000.0

@@ -12,8 +12,8 @@ from typing import TYPE_CHECKING
 
 import msgspec
 
-from edge_agent.inference.self_test import MAX_DETAIL, NO_MEMORY, REPEATS, Outcome, TestReport
-from federation.errors import ConfigError, ReleaseError, ReleaseFault, VerificationError
+from edge_agent.releases.self_test import MAX_DETAIL, NO_MEMORY, REPEATS, Outcome, TestReport
+from federation.errors import ConfigError, NonFiniteError, ReleaseError, ReleaseFault, VerificationError
 from federation.release import GOLDEN_FILE, MODEL_FILE
 
 if TYPE_CHECKING:
@@ -120,7 +120,7 @@ def _fault_of(error: BaseException) -> ReleaseFault:
         return ReleaseFault.TOO_BIG
     if isinstance(error, ConfigError) or error.__cause__ is not None:  # onnxruntime's own
         return ReleaseFault.BROKEN
-    return ReleaseFault.NON_FINITE if "NaN" in str(error) else ReleaseFault.WRONG_SHAPE
+    return ReleaseFault.NON_FINITE if isinstance(error, NonFiniteError) else ReleaseFault.WRONG_SHAPE
 
 
 def _report(best_ms: list[float]) -> TestReport:

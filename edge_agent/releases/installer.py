@@ -11,9 +11,9 @@ from typing import TYPE_CHECKING
 
 import structlog
 
-from edge_agent.inference.options import FollowerOptions
-from edge_agent.inference.quarantine import Quarantine
-from edge_agent.inference.rollout_events import (
+from edge_agent.releases.options import FollowerOptions
+from edge_agent.releases.quarantine import Quarantine
+from edge_agent.releases.rollout_events import (
     Activated,
     Event,
     Failed,
@@ -23,13 +23,13 @@ from edge_agent.inference.rollout_events import (
     RolledBack,
     Started,
 )
-from edge_agent.inference.self_test import TestStoppedError, self_test
-from edge_agent.inference.slots import Slots
+from edge_agent.releases.self_test import TestStoppedError, self_test
+from edge_agent.releases.slots import Slots
 from federation.errors import ConfigError, FedgeError, ReleaseError, ReleaseFault, VerificationError
 from federation.wire.release import Release
 
 if TYPE_CHECKING:
-    from edge_agent.inference.slot_files import Slot
+    from edge_agent.releases.slot_files import Slot
     from federation.task.engine import Engine
 
 log = structlog.get_logger()

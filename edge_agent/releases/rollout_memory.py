@@ -7,8 +7,8 @@ import msgspec
 import structlog
 from msgspec import Meta, Struct
 
-from edge_agent.inference.channels import Known
-from edge_agent.inference.rollout_events import Remember
+from edge_agent.releases.channels import Known
+from edge_agent.releases.rollout_events import Remember
 from federation.bundle import KeyHex
 from federation.files import write_whole
 from federation.wire.fields import NonNegative, Sha256

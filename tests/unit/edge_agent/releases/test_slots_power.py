@@ -1,4 +1,4 @@
-"""edge_agent.inference.slots: the power goes between any two steps, and a good model starts again."""
+"""edge_agent.releases.slots: the power goes between any two steps, and a good model starts again."""
 
 import os
 import random
@@ -13,8 +13,8 @@ import pytest
 from power_cuts import Choose, Disk, PowerCut
 from slot_releases import fetch, made, put
 
-from edge_agent.inference.slot_files import installed
-from edge_agent.inference.slots import Slots
+from edge_agent.releases.slot_files import installed
+from edge_agent.releases.slots import Slots
 from federation.errors import ReleaseFault
 from federation.release import MODEL_FILE, check_file
 from federation.task.model_delta import make_delta
