@@ -9,6 +9,7 @@ import pytest
 import structlog
 from brokers import until
 from linear_model import card, make_model
+from odd_models import out_of_bounds
 from PIL import Image
 from slot_releases import made
 
@@ -164,6 +165,15 @@ def test_what_one_frame_does_to_the_model_is_counted_and_the_next_has_its_turn(t
     assert (health.frames, health.errors, health.non_finite) == (2, 1, 0)
     assert isinstance(loop.last_failure, ConfigError)
     assert feed.closed
+
+
+def test_a_graph_that_fails_is_an_error_and_no_nan(tmp_path: Path) -> None:
+    loop = InferenceLoop(Given([frame("1")]), [Kept()])
+    loop.install(Engine(out_of_bounds(tmp_path)))
+    loop.run()
+    health = loop.health()
+    assert (health.frames, health.errors, health.non_finite) == (0, 1, 0)
+    assert isinstance(loop.last_failure, VerificationError)
 
 
 def test_nan_is_counted_by_itself_and_health_begins_anew_with_each_model(tmp_path: Path) -> None:
