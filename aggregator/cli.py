@@ -19,7 +19,7 @@ from aggregator.options import (
     served_config,
     without_secrets,
 )
-from aggregator.release_commands import release, release_key, releases, rollback
+from aggregator.releases.commands import release, release_key, releases, rollback
 from federation import __version__
 from federation.bundle import write_bundle
 from federation.cli import new_app, run
@@ -111,7 +111,7 @@ def serve(
     log_format: FormatOption = "auto",
 ) -> None:
     """Serve until the run is finished, and with --stay its releases beyond that. Stop it at any moment: started again, it goes on with the same round."""
-    from aggregator.automatic_release import AutomaticRelease
+    from aggregator.releases.automatic import AutomaticRelease
     from aggregator.service import Service
     from aggregator.startup import prepared
 

@@ -19,7 +19,7 @@ from msgspec import Struct
 
 from aggregator import mosquitto, nats
 from aggregator.accounts import Account, new_account
-from aggregator.release_keys import ReleaseKeys
+from aggregator.releases.keys import ReleaseKeys
 from federation.bundle import Bundle, address
 from federation.errors import ConfigError
 from federation.files import disk_error, write_whole

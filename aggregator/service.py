@@ -13,7 +13,6 @@ from dataclasses import dataclass
 import structlog
 
 from aggregator.admission import Limits, OpenRound
-from aggregator.after_run import MakeRelease
 from aggregator.announcements import Announcements
 from aggregator.averaging import Averaged, Averaging
 from aggregator.central_noise import CentralNoise
@@ -25,9 +24,10 @@ from aggregator.masked_noise import MaskedNoise
 from aggregator.plans import Plans, log_opened
 from aggregator.presence import Presence
 from aggregator.reception import Checked, Reception
-from aggregator.release_keys import ReleaseKeys
-from aggregator.release_service import ObjectsKept, ReleaseService
-from aggregator.rollout_events import ForReleases
+from aggregator.releases.after_run import MakeRelease
+from aggregator.releases.keys import ReleaseKeys
+from aggregator.releases.rollout_events import ForReleases
+from aggregator.releases.service import ObjectsKept, ReleaseService
 from aggregator.rounds import (
     AgentOffline,
     AgentOut,

@@ -9,7 +9,7 @@ import msgspec
 from aggregator.central_report import ClientPrivacy, client_privacy
 from aggregator.masked_noise import DistributedPrivacy, distributed_privacy
 from aggregator.masking_machine import standing
-from aggregator.release_status import (
+from aggregator.releases.status import (
     FollowerStatus,
     ReleaseStatus,
     follower_statuses,

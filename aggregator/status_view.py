@@ -7,7 +7,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from aggregator.release_tables import followers_table, releases_table
+from aggregator.releases.tables import followers_table, releases_table
 from aggregator.status import Report, RoundStatus
 from aggregator.tables import foreign, make_table, number_text
 from federation.wire.messages import Traffic

@@ -8,9 +8,9 @@ from linear_model import card, linear_core, save
 from onnx import numpy_helper
 from PIL import Image
 
-from aggregator.release_records import ReleaseState, StoredRelease
-from aggregator.release_store import ReleaseStore
-from aggregator.rollout_events import Announce, Mark
+from aggregator.releases.records import ReleaseState, StoredRelease
+from aggregator.releases.rollout_events import Announce, Mark
+from aggregator.releases.store import ReleaseStore
 from federation.release import GOLDEN_FILE
 from federation.task.engine import Engine
 from federation.task.golden import Golden, write_golden

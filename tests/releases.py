@@ -8,8 +8,8 @@ from pathlib import Path
 import msgspec
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
-from aggregator.release_records import DELTA_FILE, StoredRelease
-from aggregator.release_store import ReleaseStore
+from aggregator.releases.records import DELTA_FILE, StoredRelease
+from aggregator.releases.store import ReleaseStore
 from federation.bundle import Bundle
 from federation.errors import ReleaseFault
 from federation.release import GOLDEN_FILE, MODEL_FILE

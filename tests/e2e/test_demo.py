@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from aggregator.release_store import ReleaseStore
+from aggregator.releases.store import ReleaseStore
 from aggregator.store import Store
 
 END_S = 300.0

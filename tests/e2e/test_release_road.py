@@ -10,8 +10,8 @@ from processes import TINY_TASK, Federation, MakeFederation, begin_tiny_run, run
 from release_folders import exported
 from releases import in_order, share_between
 
-from aggregator.release_records import ReleaseState, RequestKind
-from aggregator.release_store import ReleaseStore
+from aggregator.releases.records import ReleaseState, RequestKind
+from aggregator.releases.store import ReleaseStore
 from aggregator.status import collect
 from aggregator.store import Store
 from federation.release import GOLDEN_FILE, MODEL_FILE

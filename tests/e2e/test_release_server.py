@@ -9,8 +9,8 @@ from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 from processes import TINY_TASK, BrokerName, Federation, MakeFederation, Process, begin_tiny_run
 from releases import Follower, add_release, in_order, share_between
 
-from aggregator.release_records import ReleaseState, RequestKind, StoredRelease
-from aggregator.release_store import ReleaseStore
+from aggregator.releases.records import ReleaseState, RequestKind, StoredRelease
+from aggregator.releases.store import ReleaseStore
 from aggregator.store import Store
 from federation.bundle import Bundle, address
 from federation.errors import ReleaseFault
@@ -187,7 +187,7 @@ def dies_in_the_store(folder: Path, step: str) -> dict[str, str]:
     place.mkdir()
     (place / "sitecustomize.py").write_text(
         "import os, signal\n"
-        "from aggregator.release_store import ReleaseStore\n"
+        "from aggregator.releases.store import ReleaseStore\n"
         f"whole = ReleaseStore.{step}\n"
         "def step(self, *arguments):\n"
         f"    if {condition}:\n"

@@ -10,8 +10,8 @@ from processes import FEDERATION, TINY_TASK, Federation, MakeFederation, begin_t
 from release_folders import exported
 
 from aggregator.records import StoredVersion
-from aggregator.release_records import ReleaseState, StoredRelease
-from aggregator.release_store import ReleaseStore
+from aggregator.releases.records import ReleaseState, StoredRelease
+from aggregator.releases.store import ReleaseStore
 from aggregator.store import Store
 from federation.bundle import Bundle, address
 from federation.release import SignedManifest, open_manifest

@@ -1,12 +1,12 @@
-"""aggregator.rollouts under any weather: devices come, go, confirm and fail, operators intervene, the server is killed."""
+"""aggregator.releases.rollouts under any weather: devices come, go, confirm and fail, operators intervene, the server is killed."""
 
 from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
 from aggregator.config import ReleaseConfig
-from aggregator.release_records import ReleaseState
-from aggregator.rollout_events import (
+from aggregator.releases.records import ReleaseState
+from aggregator.releases.rollout_events import (
     Announce,
     CanaryRecord,
     Command,
@@ -22,7 +22,7 @@ from aggregator.rollout_events import (
     RolledBack,
     Tick,
 )
-from aggregator.rollouts import FAILED, SLACK, Rollouts
+from aggregator.releases.rollouts import FAILED, SLACK, Rollouts
 from federation.wire.release import Channel, RolloutState
 
 AGENTS = ("a", "b", "c", "d", "e")

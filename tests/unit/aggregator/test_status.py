@@ -8,9 +8,9 @@ import msgspec
 import pytest
 from releases import add_release, in_order, share_between
 
-from aggregator.release_records import ReleaseState
-from aggregator.release_store import ReleaseStore
-from aggregator.rollout_events import Announce, Mark
+from aggregator.releases.records import ReleaseState
+from aggregator.releases.rollout_events import Announce, Mark
+from aggregator.releases.store import ReleaseStore
 from aggregator.status import Report, RoundStatus, collect
 from aggregator.status_view import render
 from aggregator.store import Store

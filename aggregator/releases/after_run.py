@@ -6,7 +6,7 @@ from typing import TypeAlias
 
 import structlog
 
-from aggregator.rollout_events import ForReleases
+from aggregator.releases.rollout_events import ForReleases
 from aggregator.store import Store
 from federation.errors import FedgeError
 

@@ -24,8 +24,8 @@ from dataclasses import dataclass, field
 from math import inf
 
 from aggregator.config import ReleaseConfig
-from aggregator.release_records import ReleaseState
-from aggregator.rollout_events import (
+from aggregator.releases.records import ReleaseState
+from aggregator.releases.rollout_events import (
     Announce,
     CanaryRecord,
     Command,

@@ -4,9 +4,9 @@ from pathlib import Path
 
 import pytest
 
-from aggregator import release_keys
 from aggregator.enrolment import Enrolment
-from aggregator.release_keys import PRESENT_FILE, SUCCESSOR_FILE, SUCCESSOR_PUBLIC_FILE, ReleaseKeys
+from aggregator.releases import keys as release_keys
+from aggregator.releases.keys import PRESENT_FILE, SUCCESSOR_FILE, SUCCESSOR_PUBLIC_FILE, ReleaseKeys
 from federation.errors import ConfigError
 from federation.files import write_whole
 from federation.wire.signing import public_key_hex

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from rich.table import Table
 from rich.text import Text
 
-from aggregator.release_status import FollowerStatus, ReleaseStatus
+from aggregator.releases.status import FollowerStatus, ReleaseStatus
 from aggregator.tables import foreign, make_table, number_text
 
 

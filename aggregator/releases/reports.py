@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import msgspec
 
 from aggregator.database import Database
-from aggregator.release_records import StoredFollower, StoredReport
+from aggregator.releases.records import StoredFollower, StoredReport
 from federation.wire.messages import encode_json
 from federation.wire.predictions import ModelState
 from federation.wire.release import ReleaseReport

@@ -8,8 +8,8 @@ from pathlib import Path
 import msgspec
 
 from aggregator.config import AggregatorConfig
-from aggregator.release_records import REFUSED_KEY, RequestKind, StoredRelease
-from aggregator.release_store import ReleaseStore
+from aggregator.releases.records import REFUSED_KEY, RequestKind, StoredRelease
+from aggregator.releases.store import ReleaseStore
 from aggregator.store import Store
 from federation.errors import ConfigError, VerificationError
 from federation.wire.release import Channel

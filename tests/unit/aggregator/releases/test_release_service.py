@@ -1,4 +1,4 @@
-"""aggregator.release_service in a real server: manifests and objects on the broker, canaries that widen or halt."""
+"""aggregator.releases.service in a real server: manifests and objects on the broker, canaries that widen or halt."""
 
 import time
 from collections.abc import Callable, Iterator
@@ -11,12 +11,12 @@ from memory_federation import LIMITS, NAME, TASK, Federation, eventually
 from memory_link import ADDRESS, MemoryBroker
 from releases import Follower, add_release, in_order, share_between
 
-from aggregator import release_service
 from aggregator.config import ReleaseConfig
 from aggregator.privacy_config import PrivacyConfig
 from aggregator.records import StoredVersion
-from aggregator.release_records import ReleaseState, RequestKind, StoredRelease
-from aggregator.release_store import ReleaseStore
+from aggregator.releases import service as release_service
+from aggregator.releases.records import ReleaseState, RequestKind, StoredRelease
+from aggregator.releases.store import ReleaseStore
 from aggregator.service import Service
 from federation.errors import ReleaseFault
 from federation.release import open_manifest

@@ -10,11 +10,11 @@ from release_folders import FEDERATION, exported, make_stable
 from typer.testing import CliRunner
 
 from aggregator.cli import app
-from aggregator.release_commands import share_of
-from aggregator.release_keys import ReleaseKeys
-from aggregator.release_records import ReleaseState, RequestKind, StoredRequest
-from aggregator.release_store import ReleaseStore
-from aggregator.rollout_events import Announce, Mark
+from aggregator.releases.commands import share_of
+from aggregator.releases.keys import ReleaseKeys
+from aggregator.releases.records import ReleaseState, RequestKind, StoredRequest
+from aggregator.releases.rollout_events import Announce, Mark
+from aggregator.releases.store import ReleaseStore
 from aggregator.store import Store
 from federation.errors import ConfigError, VerificationError
 from federation.release import MODEL_FILE

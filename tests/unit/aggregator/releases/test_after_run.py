@@ -1,11 +1,11 @@
-"""aggregator.after_run: a release is made of a run's last model once, whatever happens to the server."""
+"""aggregator.releases.after_run: a release is made of a run's last model once, whatever happens to the server."""
 
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
 
-from aggregator.after_run import AfterRun, Made
+from aggregator.releases.after_run import AfterRun, Made
 from aggregator.store import Store
 from federation.errors import VerificationError
 

@@ -9,14 +9,13 @@ from typing import Protocol
 import structlog
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PublicKey
 
-from aggregator.after_run import AfterRun, Made, MakeRelease
 from aggregator.config import ReleaseConfig
-from aggregator.release_keys import ReleaseKeys
-from aggregator.release_manifests import ReleaseManifests
-from aggregator.release_reception import ReleaseReception
-from aggregator.release_records import RequestKind, StoredRelease, StoredRequest
-from aggregator.release_store import ReleaseStore
-from aggregator.rollout_events import (
+from aggregator.releases.after_run import AfterRun, Made, MakeRelease
+from aggregator.releases.keys import ReleaseKeys
+from aggregator.releases.manifests import ReleaseManifests
+from aggregator.releases.reception import ReleaseReception
+from aggregator.releases.records import RequestKind, StoredRelease, StoredRequest
+from aggregator.releases.rollout_events import (
     CanaryRecord,
     Command,
     Event,
@@ -30,7 +29,8 @@ from aggregator.rollout_events import (
     RolledBack,
     Tick,
 )
-from aggregator.rollouts import Rollouts
+from aggregator.releases.rollouts import Rollouts
+from aggregator.releases.store import ReleaseStore
 from aggregator.seeding import Seeder
 from aggregator.store import Store
 from federation.wire.link import LinkLike

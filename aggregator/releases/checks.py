@@ -4,7 +4,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from aggregator.config import AggregatorConfig
-from aggregator.release_records import StoredRelease
+from aggregator.releases.records import StoredRelease
 from export.gates import ask
 from export.pictures import DEFAULT_MEASURED, Pictures, read_pictures
 from federation.errors import ConfigError, ReleaseError, VerificationError

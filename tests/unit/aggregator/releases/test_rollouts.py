@@ -1,12 +1,12 @@
-"""aggregator.rollouts: when a canary is widened, when it is halted, and what it waits for."""
+"""aggregator.releases.rollouts: when a canary is widened, when it is halted, and what it waits for."""
 
 from itertools import pairwise
 
 import pytest
 
 from aggregator.config import ReleaseConfig
-from aggregator.release_records import ReleaseState
-from aggregator.rollout_events import (
+from aggregator.releases.records import ReleaseState
+from aggregator.releases.rollout_events import (
     Announce,
     CanaryRecord,
     Command,
@@ -21,7 +21,7 @@ from aggregator.rollout_events import (
     RolledBack,
     Tick,
 )
-from aggregator.rollouts import HEAR_S, Rollouts
+from aggregator.releases.rollouts import HEAR_S, Rollouts
 from federation.errors import ReleaseFault
 from federation.wire.release import Channel, RolloutState, draw
 

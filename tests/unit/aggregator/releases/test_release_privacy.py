@@ -1,4 +1,4 @@
-"""aggregator.release_privacy: what a release says that training has cost, or that it says nothing."""
+"""aggregator.releases.privacy: what a release says that training has cost, or that it says nothing."""
 
 from collections.abc import Iterator
 from pathlib import Path
@@ -7,7 +7,7 @@ import msgspec
 import pytest
 
 from aggregator.records import StoredVersion
-from aggregator.release_privacy import privacy_of
+from aggregator.releases.privacy import privacy_of
 from aggregator.store import Store
 from federation.wire.messages import TrainMetrics, UpdateOffer
 from federation.wire.release import ReleasePrivacy

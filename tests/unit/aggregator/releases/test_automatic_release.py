@@ -1,4 +1,4 @@
-"""aggregator.automatic_release: a process of its own, whose end is always heard of."""
+"""aggregator.releases.automatic: a process of its own, whose end is always heard of."""
 
 import threading
 from pathlib import Path
@@ -7,9 +7,9 @@ import pytest
 from brokers import until
 from release_folders import FEDERATION
 
-from aggregator.automatic_release import AutomaticRelease
 from aggregator.config import AggregatorConfig
 from aggregator.options import served_config
+from aggregator.releases.automatic import AutomaticRelease
 from aggregator.store import Store
 from federation.config import to_toml
 from federation.errors import ConfigError

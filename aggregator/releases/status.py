@@ -7,15 +7,15 @@ from collections.abc import Set as AbstractSet
 import msgspec
 
 from aggregator.database import Database
-from aggregator.release_records import (
+from aggregator.releases.records import (
     ReleaseState,
     StoredChannel,
     StoredFollower,
     StoredRelease,
     StoredReport,
 )
-from aggregator.release_store import ReleaseStore
-from aggregator.rollouts import FAILED
+from aggregator.releases.rollouts import FAILED
+from aggregator.releases.store import ReleaseStore
 from federation.wire.release import Channel, RolloutState, draw
 
 

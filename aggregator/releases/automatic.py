@@ -12,7 +12,7 @@ import structlog
 
 from aggregator.config import AggregatorConfig
 from aggregator.options import served_config
-from aggregator.release_requests import Answer
+from aggregator.releases.requests import Answer
 from federation.errors import ConfigError, ExitCode
 
 log = structlog.get_logger()

@@ -4,9 +4,9 @@ import msgspec
 from rich.console import Console
 
 from aggregator.database import Database
-from aggregator.release_records import REFUSED_KEY, StoredRelease
-from aggregator.release_status import ReleaseStatus, release_statuses
-from aggregator.release_store import ReleaseStore
+from aggregator.releases.records import REFUSED_KEY, StoredRelease
+from aggregator.releases.status import ReleaseStatus, release_statuses
+from aggregator.releases.store import ReleaseStore
 from aggregator.tables import make_table, number_text
 from federation.wire.release import Channel, Release
 

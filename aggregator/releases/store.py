@@ -21,7 +21,7 @@ from pathlib import Path
 import msgspec
 
 from aggregator.database import Database
-from aggregator.release_records import (
+from aggregator.releases.records import (
     DELTA_FILE,
     ReleaseState,
     RequestKind,
@@ -30,8 +30,8 @@ from aggregator.release_records import (
     StoredRelease,
     StoredRequest,
 )
-from aggregator.release_reports import ReleaseReports
-from aggregator.rollout_events import Announce, Command, Mark, Note
+from aggregator.releases.reports import ReleaseReports
+from aggregator.releases.rollout_events import Announce, Command, Mark, Note
 from federation.errors import ConfigError
 from federation.files import disk_error, sync_folder, write_whole
 from federation.release import GOLDEN_FILE, MANIFEST_FILE, MODEL_FILE

@@ -72,9 +72,10 @@ def release(
 
     The server widens the share by itself, and takes the release back when devices fail with it.
     """
-    from aggregator.release_checks import Order
-    from aggregator.release_records import RequestKind
-    from aggregator.release_requests import (
+    from aggregator.releases.checks import Order
+    from aggregator.releases.making import make_release
+    from aggregator.releases.records import RequestKind
+    from aggregator.releases.requests import (
         as_answer,
         described,
         known,
@@ -85,8 +86,7 @@ def release(
         wait_for_answer,
         what_next,
     )
-    from aggregator.release_store import ReleaseStore
-    from aggregator.releasing import make_release
+    from aggregator.releases.store import ReleaseStore
 
     config = _settings(file, state, settings)
     share = None if canary is None else share_of(canary)
@@ -151,15 +151,15 @@ def rollback(
     as_json: JsonOption = False,
 ) -> None:
     """Take back a release: devices go back to the one before, or to that of --to, which most of them still have on disk."""
-    from aggregator.release_records import RequestKind
-    from aggregator.release_requests import (
+    from aggregator.releases.records import RequestKind
+    from aggregator.releases.requests import (
         opened,
         refuse_refusal,
         rollback_target,
         wait_for_answer,
         what_next,
     )
-    from aggregator.release_store import ReleaseStore
+    from aggregator.releases.store import ReleaseStore
 
     config = _settings(file, state, None)
     with opened(config) as store:
@@ -183,8 +183,8 @@ def releases(
     as_json: JsonOption = False,
 ) -> None:
     """List the releases, what has become of them, and what devices say."""
-    from aggregator.release_list import collect_releases, list_text
-    from aggregator.release_requests import opened
+    from aggregator.releases.listing import collect_releases, list_text
+    from aggregator.releases.requests import opened
 
     config = _settings(file, state, None)
     with opened(config) as store:
@@ -206,8 +206,8 @@ def release_key(
     state: StateOption = None,
 ) -> None:
     """Show the keys that sign releases, or rotate them: at times, and at once when the present one may have been stolen."""
-    from aggregator.release_keys import ReleaseKeys
-    from aggregator.release_requests import opened
+    from aggregator.releases.keys import ReleaseKeys
+    from aggregator.releases.requests import opened
 
     config = _settings(file, state, None)
     with opened(config) as store:

@@ -1,4 +1,4 @@
-"""aggregator.release_manifests: what a channel says is signed anew when it changes, gets old, or the keys do."""
+"""aggregator.releases.manifests: what a channel says is signed anew when it changes, gets old, or the keys do."""
 
 import time
 from collections.abc import Iterator
@@ -8,10 +8,10 @@ import pytest
 from memory_link import ADDRESS, MemoryBroker
 from releases import add_release
 
-from aggregator.release_keys import ReleaseKeys
-from aggregator.release_manifests import LOOK_S, RENEW_SHARE, ReleaseManifests
-from aggregator.release_store import ReleaseStore
-from aggregator.rollout_events import Announce
+from aggregator.releases.keys import ReleaseKeys
+from aggregator.releases.manifests import LOOK_S, RENEW_SHARE, ReleaseManifests
+from aggregator.releases.rollout_events import Announce
+from aggregator.releases.store import ReleaseStore
 from aggregator.store import Store
 from federation.errors import ReleaseError, ReleaseFault
 from federation.release import SignedManifest, open_manifest

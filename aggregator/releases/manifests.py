@@ -8,9 +8,9 @@ import structlog
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PublicKey
 
 from aggregator.announcements import PLAN_REPEAT_S
-from aggregator.release_keys import ReleaseKeyPair, ReleaseKeys
-from aggregator.release_records import StoredChannel, StoredManifest
-from aggregator.release_store import ReleaseStore
+from aggregator.releases.keys import ReleaseKeyPair, ReleaseKeys
+from aggregator.releases.records import StoredChannel, StoredManifest
+from aggregator.releases.store import ReleaseStore
 from federation.wire.link import LinkLike
 from federation.wire.release import Channel, Manifest, Release
 from federation.wire.signing import AGGREGATOR, Purpose, seal

@@ -14,7 +14,7 @@ from pathlib import Path
 import msgspec
 
 from aggregator.config import AggregatorConfig
-from aggregator.release_checks import (
+from aggregator.releases.checks import (
     Comparison,
     Order,
     check_regression,
@@ -24,9 +24,9 @@ from aggregator.release_checks import (
     metrics_of,
     same_labels,
 )
-from aggregator.release_privacy import privacy_of
-from aggregator.release_records import DELTA_FILE, StoredRelease
-from aggregator.release_store import FOLDER, ReleaseStore
+from aggregator.releases.privacy import privacy_of
+from aggregator.releases.records import DELTA_FILE, StoredRelease
+from aggregator.releases.store import FOLDER, ReleaseStore
 from aggregator.store import Store
 from federation.errors import ConfigError
 from federation.files import disk_error, write_whole

@@ -1,9 +1,9 @@
-"""What happens to a rollout, and what it asks for: the events and commands of ``aggregator.rollouts``."""
+"""What happens to a rollout, and what it asks for: the events and commands of ``aggregator.releases.rollouts``."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
-from aggregator.release_records import ReleaseState
+from aggregator.releases.records import ReleaseState
 from federation.errors import ReleaseFault
 from federation.wire.release import Channel, RolloutState
 
@@ -187,6 +187,6 @@ class CanaryRecord:
 
 
 class ForReleases:
-    """Base of what other threads post to the server's loop for ``aggregator.release_service``."""
+    """Base of what other threads post to the server's loop for ``aggregator.releases.service``."""
 
     __slots__ = ()

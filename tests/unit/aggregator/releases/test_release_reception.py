@@ -1,4 +1,4 @@
-"""aggregator.release_reception: order among reports, who lives, and bounds on what a device may say."""
+"""aggregator.releases.reception: order among reports, who lives, and bounds on what a device may say."""
 
 from collections.abc import Iterator
 from pathlib import Path
@@ -8,9 +8,9 @@ import msgspec
 import pytest
 from releases import add_release
 
-from aggregator.release_reception import BURST, REFILL_S, ReleaseReception
-from aggregator.release_store import ReleaseStore
-from aggregator.rollout_events import FollowerSeen, Reported
+from aggregator.releases.reception import BURST, REFILL_S, ReleaseReception
+from aggregator.releases.rollout_events import FollowerSeen, Reported
+from aggregator.releases.store import ReleaseStore
 from aggregator.store import Store
 from federation.wire.messages import encode_json
 from federation.wire.predictions import ModelState

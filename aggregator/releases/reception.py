@@ -6,10 +6,10 @@ from dataclasses import dataclass
 import structlog
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PublicKey
 
-from aggregator.release_reports import SESSIONS_KEPT
-from aggregator.release_store import ReleaseStore
-from aggregator.rollout_events import FollowerSeen, Reported
-from aggregator.rollouts import FAILED
+from aggregator.releases.reports import SESSIONS_KEPT
+from aggregator.releases.rollout_events import FollowerSeen, Reported
+from aggregator.releases.rollouts import FAILED
+from aggregator.releases.store import ReleaseStore
 from aggregator.store import Store
 from federation.errors import PeerError, Rejection
 from federation.wire.messages import decode_json

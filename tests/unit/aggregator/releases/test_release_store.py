@@ -1,4 +1,4 @@
-"""aggregator.release_store: what is known of releases survives, in the order in which it must."""
+"""aggregator.releases.store: what is known of releases survives, in the order in which it must."""
 
 import time
 from collections.abc import Iterator
@@ -8,9 +8,9 @@ import msgspec
 import pytest
 from releases import add_release, make_release
 
-from aggregator.release_records import ReleaseState, RequestKind
-from aggregator.release_reports import REPORTED_RELEASES, SESSIONS_KEPT
-from aggregator.release_store import MANIFESTS_KEPT, ReleaseStore
+from aggregator.releases.records import ReleaseState, RequestKind
+from aggregator.releases.reports import REPORTED_RELEASES, SESSIONS_KEPT
+from aggregator.releases.store import MANIFESTS_KEPT, ReleaseStore
 from aggregator.store import Store
 from federation.errors import ConfigError, ReleaseFault
 from federation.release import MANIFEST_FILE, MODEL_FILE, check_files

@@ -1,4 +1,4 @@
-"""aggregator.releasing: what is released is what was exported, checked and measured; and says what training has cost."""
+"""aggregator.releases.making: what is released is what was exported, checked and measured; and says what training has cost."""
 
 import dataclasses
 from collections.abc import Iterator
@@ -10,10 +10,10 @@ from release_folders import FEDERATION, PICTURES, exported, make_stable, picture
 
 from aggregator.config import AggregatorConfig, ReleaseConfig
 from aggregator.records import StoredVersion
-from aggregator.release_checks import Order
-from aggregator.release_records import DELTA_FILE
-from aggregator.release_store import ReleaseStore
-from aggregator.releasing import WORTH_IT, MadeRelease, make_release
+from aggregator.releases.checks import Order
+from aggregator.releases.making import WORTH_IT, MadeRelease, make_release
+from aggregator.releases.records import DELTA_FILE
+from aggregator.releases.store import ReleaseStore
 from aggregator.store import Store
 from federation.errors import ConfigError, VerificationError
 from federation.release import GOLDEN_FILE, MODEL_FILE, check_files
@@ -114,7 +114,7 @@ def test_two_releases_with_a_delta_between_them(bench: Workbench) -> None:
 
 def test_a_delta_that_saves_little_is_not_kept(bench: Workbench, monkeypatch: pytest.MonkeyPatch) -> None:
     bench.stable(exported(bench.folder / "one", seed=1))
-    monkeypatch.setattr("aggregator.releasing.WORTH_IT", 0.01)
+    monkeypatch.setattr("aggregator.releases.making.WORTH_IT", 0.01)
     second = bench.release(exported(bench.folder / "two", scale=-3.0, seed=2)).stored
     assert second.release.delta is None
     assert not (second.folder / DELTA_FILE).exists()

@@ -1,0 +1,1 @@
+"""The server's side of releases: make them, sign what a channel says, roll them out, hear what devices tell."""
