@@ -5,15 +5,10 @@ from typing import Annotated, Final
 
 import typer
 
+from edge_agent.service_unit import INFER_MEMORY, TRAIN_MEMORY
 from federation.errors import ConfigError
 
 DEFAULT_NAME: Final = "fedge-agent"
-
-INFER_MEMORY: Final = "768M"
-"""512 MiB for the process that tests a release (`max_memory_mb`), and what is used meanwhile."""
-
-TRAIN_MEMORY: Final = "80%"
-"""PyTorch takes what the model and the images need; the rest of the device is to stay usable."""
 
 
 def install_service(

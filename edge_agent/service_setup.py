@@ -15,8 +15,7 @@ from edge_agent.config import AgentConfig
 from edge_agent.inference.cameras import without_secrets
 from edge_agent.inference.command import CURRENT
 from edge_agent.inference.sources import PICAMERA, STDIN, open_feed
-from edge_agent.service_command import INFER_MEMORY, TRAIN_MEMORY
-from edge_agent.service_unit import CREDENTIALS_SINCE, Camera, Service, is_hidden
+from edge_agent.service_unit import CREDENTIALS_SINCE, INFER_MEMORY, TRAIN_MEMORY, Camera, Service, is_hidden
 from edge_agent.systemd import version
 from federation.bundle import read_bundle
 from federation.config import load

@@ -35,6 +35,12 @@ START_S: Final = 600
 STOP_S: Final = 60
 """The goodbye to the broker, and an activation or a training step that has begun."""
 
+INFER_MEMORY: Final = "768M"
+"""512 MiB for the process that tests a release (`max_memory_mb`), and what is used meanwhile."""
+
+TRAIN_MEMORY: Final = "80%"
+"""PyTorch takes what the model and the images need; the rest of the device is to stay usable."""
+
 TASKS_MAX: Final = 512
 """Processes and threads together; PyTorch takes a few for each core."""
 
