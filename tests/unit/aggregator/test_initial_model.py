@@ -80,9 +80,9 @@ def test_a_defect_keeps_its_traceback(tmp_path: Path, monkeypatch: pytest.Monkey
 def test_a_model_that_devices_cannot_train_privately_is_told_at_once(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    (tmp_path / "odd_models.py").write_text(CIRCULAR)
+    (tmp_path / "circular_models.py").write_text(CIRCULAR)
     monkeypatch.syspath_prepend(tmp_path)
-    ready = msgspec.structs.replace(info("odd_models:circular").task, dp_ready=True)
+    ready = msgspec.structs.replace(info("circular_models:circular").task, dp_ready=True)
 
     with pytest.raises(ConfigError, match=r"privacy.sample: the layer '1'.*'circular'"):
         build_here(CheckpointInfo(federation="f", round=0, task=ready), 0)
