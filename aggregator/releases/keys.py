@@ -56,11 +56,6 @@ class ReleaseKeyPair:
     successor: Ed25519PublicKey
 
     @property
-    def public_keys(self) -> tuple[Ed25519PublicKey, Ed25519PublicKey]:
-        """As a device pins them."""
-        return self.present.public_key(), self.successor
-
-    @property
     def pinned(self) -> tuple[str, str]:
         """As they stand in a device's bundle: hex."""
         return public_key_hex(self.present), public_key_hex(self.successor)

@@ -267,14 +267,6 @@ class Slots:
         record = self._quarantine.find(sha256)
         return None if record is None else f"{record.fault.value}: {record.detail}"
 
-    def release_quarantine(self, sha256: str) -> None:
-        """Forgive a model.
-
-        Raises:
-            ConfigError: If the disk is not writable.
-        """
-        self._quarantine.forgive(sha256)
-
     # Order.
 
     def collect_garbage(self, keep: int, fetching: Collection[str] = ()) -> None:

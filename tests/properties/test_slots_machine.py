@@ -3,6 +3,7 @@
 import os
 import random
 import tempfile
+import time
 from collections.abc import Callable
 from contextlib import closing
 from copy import deepcopy
@@ -15,6 +16,7 @@ from power_cuts import Disk, PowerCut
 from slot_releases import made, put
 
 from edge_agent.releases.probation import read_trial
+from edge_agent.releases.quarantine import Quarantine
 from edge_agent.releases.slot_files import CURRENT, PREVIOUS, installed, linked
 from edge_agent.releases.slots import Slots
 from federation.errors import ReleaseError, ReleaseFault
@@ -101,7 +103,7 @@ def act(slots: Slots, step: str, number: int) -> None:
             slots.quarantine(slots.current.sha256, ReleaseFault.ERRORS, "")
             slots.roll_back()
         case "forgive":
-            slots.release_quarantine(RELEASES[number].sha256)
+            Quarantine(slots.folder, time.time).forgive(RELEASES[number].sha256)
         case "collect":
             slots.collect_garbage(number)
 

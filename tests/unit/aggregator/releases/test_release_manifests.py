@@ -34,7 +34,7 @@ class Publisher:
         self.database = Store(folder / "state", "home", create=True)
         self.store = ReleaseStore(self.database)
         self.keys = ReleaseKeys(folder / "state")
-        self.pinned = self.keys.pair().public_keys
+        self.pinned = self.keys.present.public_key(), self.keys.successor
         self.broker = MemoryBroker()
         self.link = self.broker.make_link(ADDRESS, "server", on_event=lambda _: None)
         self.link.start()

@@ -7,6 +7,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import time
 from collections.abc import Iterator
 from contextlib import closing, contextmanager
 from pathlib import Path
@@ -17,6 +18,7 @@ from slot_releases import CHUNK_BYTES, Made, fetch, made, put
 
 from edge_agent.releases import parts
 from edge_agent.releases.probation import CRASHES
+from edge_agent.releases.quarantine import Quarantine
 from edge_agent.releases.slots import Slots
 from federation.errors import ConfigError, ReleaseError, ReleaseFault
 from federation.release import GOLDEN_FILE, MODEL_FILE
@@ -106,7 +108,7 @@ def test_a_bad_release_is_given_up_and_not_taken_again(slots: Slots) -> None:
         with pytest.raises(ReleaseError, match="NaN at frame 7") as refused:
             later.activate(bad)
         assert refused.value.fault is ReleaseFault.QUARANTINED
-        later.release_quarantine(TWO.sha256)
+        Quarantine(later.folder, time.time).forgive(TWO.sha256)
         assert later.quarantined(TWO.sha256) is None
         later.activate(bad)
         assert number(later) == 2

@@ -4,6 +4,7 @@ import os
 import random
 import shutil
 import tempfile
+import time
 from collections.abc import Callable, Iterator
 from contextlib import closing
 from dataclasses import dataclass
@@ -13,6 +14,7 @@ import pytest
 from power_cuts import Choose, Disk, PowerCut
 from slot_releases import fetch, made, put
 
+from edge_agent.releases.quarantine import Quarantine
 from edge_agent.releases.slot_files import installed
 from edge_agent.releases.slots import Slots
 from federation.errors import ReleaseFault
@@ -73,7 +75,7 @@ def release_again(slots: Slots, done: list[str]) -> None:
 
 def forgive(slots: Slots, done: list[str]) -> None:
     slots.quarantine(NEW.sha256, ReleaseFault.TOO_SLOW, "it was hot")
-    slots.release_quarantine(NEW.sha256)
+    Quarantine(slots.folder, time.time).forgive(NEW.sha256)
     done.append("forgiven")
     upgrade(slots, done)
 
